@@ -1,0 +1,66 @@
+"""Names and column order shared by every backend: the features of the table and the layout of a criterion row.
+
+The table holds, per (sample, class, cell), a voxel count and the sum of some features, each a function of the logit
+alone. A criterion row is a ratio of two affine forms in the count and the feature sums of the positive voxels and of
+the negative voxels of a domain::
+
+    value = offset + (n_0 + sum_j n_j * stat_j) / (d_0 + sum_j d_j * stat_j)
+
+and is stored as ``ROW_SIZE`` floats: weight, offset, n_0, d_0, then n_j for every column, then d_j for every column.
+"""
+
+from __future__ import annotations
+
+FEATURES = ("prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg")
+ACTIVATIONS = ("sigmoid", "softmax", "none")
+MASKINGS = ("exclude", "zero_prob", "zero_logit", "none")
+CONNECTIVITIES = {1: (26,), 2: (4, 8, 26), 3: (6, 18, 26)}  # by the number of spatial axes; 26: all neighbours
+CHANNEL0 = ("class", "background", "unused")
+
+COUNT = "count"
+SIDES = ("pos", "neg")
+COLUMNS = tuple((side, stat) for side in SIDES for stat in (COUNT, *FEATURES))
+ROW_HEAD = 4
+ROW_SIZE = ROW_HEAD + 2 * len(COLUMNS)
+
+# What every backend says about values that only a pass over the volume can find.
+TOO_LARGE = (
+    "instances (or cells) hold a value beyond the capacity: pass a larger max_instances (num_cells for segment_stats), "
+    "or max_instances=None to read the largest id"
+)
+NOT_BINARY = (
+    "target (or mask) must be 0 or 1 wherever it is not ignored: threshold it (target > 0.5), or name its ignored "
+    "value with ignore_index"
+)
+NOT_A_CLASS = (
+    "target must be a class map with values 0 .. C-1 wherever it is not ignored (C = channels of the logits): name its "
+    "ignored value with ignore_index"
+)
+NOT_A_PROBABILITY = (
+    "logits must lie in [0, 1] with activation='none', which takes them as probabilities: pass activation='sigmoid' or "
+    "'softmax' for raw network outputs"
+)
+
+
+def rows_of(flat: list[float]) -> list[list[float]]:
+    """Split the flat list that an operator receives into rows."""
+    return [flat[i : i + ROW_SIZE] for i in range(0, len(flat), ROW_SIZE)]
+
+
+def row_terms(row: list[float]) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """Return the non-zero coefficients of a row's numerator and denominator, by (side, stat).
+
+    Only these are ever read: an unread sum may be infinite, and 0 * inf would poison the loss.
+    """
+    width = len(COLUMNS)
+    numerator, denominator = row[ROW_HEAD : ROW_HEAD + width], row[ROW_HEAD + width :]
+    return (
+        {column: a for column, a in zip(COLUMNS, numerator, strict=True) if a != 0.0},
+        {column: a for column, a in zip(COLUMNS, denominator, strict=True) if a != 0.0},
+    )
+
+
+def features_of(*rows: list[float]) -> tuple[str, ...]:
+    """Return the features that a set of flat row lists reads, in table order."""
+    read = {stat for flat in rows for row in rows_of(flat) for terms in row_terms(row) for _, stat in terms}
+    return tuple(feature for feature in FEATURES if feature in read)

@@ -1,0 +1,257 @@
+"""The table of sums in plain PyTorch: the fallback on every device and the truth for every other backend.
+
+O(voxels) time whatever the number of cells. The volume is cut into rows of a few thousand voxels, each row adds into
+its own line of a small table, and the lines are summed at the end: this keeps fp32 sums accurate (a running sum over a
+whole background is off by 1e-5) and lets PyTorch work on the rows in parallel. No fp64 temporaries for fp32 input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE
+
+_ROW_VOXELS = 4096
+_LOG_FLOOR = -100.0  # of a probability, as in torch.nn.BCELoss
+_SLOPE_FLOOR = 1e-12  # of p (1 - p), likewise
+
+
+def segment_stats_forward(
+    logits: Tensor,
+    cells: Tensor,
+    target: Tensor | None,
+    num_cells: int,
+    features: tuple[str, ...],
+    activation: str,
+    gamma: float,
+    channel0: str,
+) -> tuple[Tensor, Tensor]:
+    """Sum the features over every cell.
+
+    Args:
+        logits: ``[B, C, *spatial]`` floating point, any strides.
+        cells: ``[B, C or 1, *spatial]`` integers; below 0 is ignored.
+        target: None, or ``[B, C or 1, *spatial]``: the cell is then ``2 * cells + bit``.
+        num_cells: K, one more than the largest cell.
+        features: names out of ``layout.FEATURES``.
+        activation: one of ``layout.ACTIVATIONS``.
+        gamma: focal exponent.
+        channel0: one of ``layout.CHANNEL0``.
+
+    Returns:
+        counts int64 ``[B, C, K]`` and sums ``[B, C, K, F]`` in the compute dtype.
+    """
+    x = _flatten(logits).to(compute_dtype(logits.dtype))
+    cell, invalid = _compose_cells(cells, target, num_cells, logits.shape[1], channel0)
+    if activation == "none":
+        invalid = invalid | _check(((x < 0) | (x > 1)) & (cell >= 0), NOT_A_PROBABILITY)
+    slot = _slots(cell, num_cells)
+    z = _in_rows(_pre_activation(x, activation), num_cells, 0.5)
+
+    def add_up(values: Tensor) -> Tensor:
+        lines = values.new_zeros(*slot.shape[:3], num_cells + 1)
+        return lines.scatter_add_(3, slot, values.expand(slot.shape))[..., 1:].sum(2)
+
+    counts = add_up(slot.new_ones(1, dtype=torch.int32))
+    sums = [add_up(_feature(name, z, activation, gamma)) for name in features]
+    table = torch.stack(sums, -1) if sums else z.new_empty(*counts.shape, 0)
+    return counts, table.masked_fill_(invalid, float("nan"))
+
+
+def segment_stats_backward(
+    grad_sums: Tensor,
+    logits: Tensor,
+    cells: Tensor,
+    target: Tensor | None,
+    features: tuple[str, ...],
+    activation: str,
+    gamma: float,
+    channel0: str,
+) -> Tensor:
+    """Gradient of ``segment_stats_forward`` with respect to the logits; arguments as there.
+
+    Args:
+        grad_sums: ``[B, C, K, F]``, the gradient of the loss with respect to the sums.
+
+    Returns:
+        ``[B, C, *spatial]``, contiguous, in the dtype of the logits; exactly 0 where a voxel is ignored.
+    """
+    num_cells = grad_sums.shape[2]
+    x = _flatten(logits).to(compute_dtype(logits.dtype))
+    slot = _slots(_compose_cells(cells, target, num_cells, logits.shape[1], channel0, check=False)[0], num_cells)
+    z = _in_rows(_pre_activation(x, activation), num_cells, 0.5)
+
+    grad = torch.zeros_like(z)
+    coefficients = F.pad(grad_sums, (0, 0, 1, 0)).unsqueeze(2)  # slot 0 is what is ignored
+    for j, slope in enumerate(_slopes(features, z, activation, gamma)):
+        lines = coefficients[..., j].expand(*slot.shape[:3], num_cells + 1)
+        grad.addcmul_(lines.gather(3, slot), slope)
+    ignored = slot == 0  # a NaN that is ignored must not reach the gradient
+    grad, ignored = (v.flatten(2)[..., : x.shape[2]] for v in (grad.masked_fill_(ignored, 0.0), ignored))
+    if activation == "softmax":
+        grad = _softmax_backward(x, grad).masked_fill_(ignored.all(1, keepdim=True), 0.0)
+    return grad.reshape(logits.shape).to(logits.dtype).contiguous()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are computed and returned: fp64 for fp64 logits, fp32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------- cells
+
+
+def _check(wrong: Tensor, message: str) -> Tensor:
+    """Raise on the CPU if anything is wrong; elsewhere return the answer, to poison the table unseen by the host."""
+    found = wrong.any()
+    if found.device.type == "cpu" and bool(found):
+        raise ValueError(message)
+    return found
+
+
+def _compose_cells(
+    cells: Tensor, target: Tensor | None, num_cells: int, channels: int, channel0: str, check: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return every voxel's cell, int64 ``[B, C, V]``, -1 where ignored, and whether any label was invalid."""
+    cell = _flatten(cells).expand(-1, channels, -1).to(torch.int64, copy=True)
+    if channel0 == "background":
+        cell[:, 0].clamp_(max=0)
+    elif channel0 == "unused":
+        cell[:, 0] = -1
+    capacity = num_cells if target is None else num_cells // 2
+    invalid = _check(cell.amax() >= capacity, TOO_LARGE) if check else cell.new_zeros((), dtype=torch.bool)
+    cell.clamp_(-1, capacity - 1)
+    if target is not None:
+        t = _flatten(target)
+        if t.shape[1] < channels:
+            one_hot = t == torch.arange(channels, device=t.device).view(1, -1, 1)
+            if check:
+                invalid = invalid | _check(~one_hot.any(1, keepdim=True) & (cell >= 0), NOT_A_CLASS)
+        else:
+            one_hot = t != 0
+            if check and t.dtype != torch.bool:
+                invalid = invalid | _check(one_hot & (t != 1) & (cell >= 0), NOT_BINARY)
+        cell.mul_(2).add_(one_hot).clamp_(min=-1)
+    return cell, invalid
+
+
+def _slots(cell: Tensor, num_cells: int) -> Tensor:
+    """Turn cells into slots of a line of the table, in rows: slot 0 for what is ignored, then the cells."""
+    return _in_rows(cell.add_(1), num_cells, 0)
+
+
+def _flatten(volume: Tensor) -> Tensor:
+    return volume.reshape(volume.shape[0], volume.shape[1], -1)
+
+
+def _in_rows(volume: Tensor, num_cells: int, fill: float) -> Tensor:
+    """Cut ``[B, C, V]`` into ``[B, C, rows, row length]``, the last row padded with ``fill``.
+
+    Rows hold at least as many voxels as there are cells, so that the table of lines never outgrows the volume.
+    """
+    voxels = volume.shape[2]
+    rows = max(1, voxels // max(_ROW_VOXELS, num_cells))
+    length = -(-voxels // rows)
+    if rows * length != voxels:
+        volume = F.pad(volume, (0, rows * length - voxels), value=fill)
+    return volume.unflatten(2, (rows, length))
+
+
+# ---------------------------------------------------------------- features of one voxel
+
+
+def _prob(z: Tensor, activation: str) -> Tensor:
+    return z if activation == "none" else torch.sigmoid(z)
+
+
+def _nll(z: Tensor, side: str, activation: str) -> Tensor:
+    """-log p ("pos") or -log(1 - p) ("neg")."""
+    if activation == "none":
+        return -(torch.log(z) if side == "pos" else torch.log1p(-z)).clamp_min(_LOG_FLOOR)
+    return -F.logsigmoid(z if side == "pos" else -z)
+
+
+def _focus(z: Tensor, side: str, activation: str, gamma: float) -> Tensor:
+    """The focal modulation: (1 - p)^gamma ("pos") or p^gamma ("neg")."""
+    if activation == "none":
+        return (1 - z if side == "pos" else z) ** gamma
+    exponent = _nll(z, "neg" if side == "pos" else "pos", activation)
+    return torch.exp(-gamma * exponent.clamp_max(torch.finfo(z.dtype).max))  # finite: gamma may be 0
+
+
+def _feature(name: str, z: Tensor, activation: str, gamma: float) -> Tensor:
+    kind, _, side = name.partition("_")
+    if kind == "prob":
+        p = _prob(z, activation)
+        return p * p if side == "sq" else p
+    nll = _nll(z, side, activation)
+    return _focus(z, side, activation, gamma) * nll if kind == "focal" else nll
+
+
+def _slopes(features: tuple[str, ...], z: Tensor, activation: str, gamma: float) -> Iterator[Tensor]:
+    """Yield the derivative of each feature with respect to z (to the probability for activation "none")."""
+    p = _prob(z, activation)
+    q = 1 - p
+    pq = p * q
+    for name in features:
+        kind, _, side = name.partition("_")
+        if kind == "prob":
+            slope = torch.ones_like(p) if activation == "none" else pq
+            yield 2 * p * slope if side == "sq" else slope
+            continue
+        other, sign = (q, -1.0) if side == "pos" else (p, 1.0)
+        d_nll = sign * (other / pq.clamp_min(_SLOPE_FLOOR) if activation == "none" else other)
+        if kind == "nll":
+            yield d_nll
+            continue
+        focus = _focus(z, side, activation, gamma)
+        nll = _nll(z, side, activation).clamp_max(torch.finfo(z.dtype).max)  # 0 * inf is meant as 0 below
+        if activation == "none":
+            d_focus_nll = torch.where(nll == 0, 0.0, sign * gamma * other ** (gamma - 1) * nll)
+        else:
+            d_focus_nll = sign * gamma * focus * ((p if side == "pos" else q) * nll)
+        yield focus * d_nll + d_focus_nll
+
+
+# ---------------------------------------------------------------- softmax
+
+
+def _pre_activation(x: Tensor, activation: str) -> Tensor:
+    """The logit whose sigmoid is the probability: x itself, or for a softmax x_c - logsumexp of the other channels."""
+    return x - _log_others(x)[0] if activation == "softmax" else x
+
+
+def _difference(u: Tensor, w: Tensor) -> Tensor:
+    """u - w, and 0 where they are equal, also at infinity."""
+    return torch.where(u == w, 0.0, u - w)
+
+
+def _log_others(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logsumexp over the other channels, ``[B, C, V]``, the largest logit and its channel, ``[B, 1, V]``.
+
+    The largest channel needs the sum without itself, which is never found by a difference; for every other channel the
+    difference below is harmless, since what is left of the sum is at least the largest term, 1.
+    """
+    largest, winner = x.max(1, keepdim=True)
+    others = x.scatter(1, winner, -torch.inf)
+    second = others.amax(1, keepdim=True)
+    exp_others = torch.exp(_difference(others, second)).scatter_(1, winner, 0.0)
+    sum_others = exp_others.sum(1, keepdim=True)
+    rest = sum_others * torch.exp(_difference(second, largest)) - torch.exp(_difference(x, largest))
+    log_others = (largest + torch.log1p(rest)).scatter_(1, winner, second + torch.log(sum_others))
+    return log_others, largest, winner
+
+
+def _softmax_backward(x: Tensor, grad_z: Tensor) -> Tensor:
+    """Chain a gradient with respect to z_c = x_c - log_others_c back to the logits, in O(C)."""
+    log_others, largest, winner = _log_others(x)
+    share = (grad_z * torch.exp(_difference(largest, log_others))).scatter_(1, winner, 0.0)
+    total = share.sum(1, keepdim=True)
+    grad_winner = grad_z.gather(1, winner)
+    grad = grad_z - torch.exp(_difference(x, largest)) * (total - share)
+    grad -= grad_winner * torch.exp(_difference(x, log_others.gather(1, winner)))
+    return grad.scatter_(1, winner, grad_winner - total)
