@@ -1,0 +1,21 @@
+"""Per-instance segmentation losses that cost nothing: exact blob loss in one fused pass."""
+
+from . import criteria
+from ._backends import backends
+from .functional import blob_loss, blob_loss_instances, blob_loss_terms
+from .labelling import connected_components
+from .losses import BlobLoss
+from .stats import segment_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlobLoss",
+    "backends",
+    "blob_loss",
+    "blob_loss_instances",
+    "blob_loss_terms",
+    "connected_components",
+    "criteria",
+    "segment_stats",
+]

@@ -1,0 +1,220 @@
+"""Operators registered with PyTorch: the only file that knows torch.library.
+
+The dispatcher is the registry of backends. Every operator has the reference as its kernel for any device and a fake
+for tracing; CUDA tensors take Triton where it is installed. The formula of a differentiable operator *is* its
+``torch.autograd.Function``: it is registered for the Autograd key, so eager mode, ``torch.compile`` and opcheck all go
+through one backward, which is an operator of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import labels, reference
+from .kernels.finish import LossSpec, finish, finish_backward
+from .kernels.layout import features_of
+
+_LIBRARY = torch.library.Library("blobloss_fast", "DEF")
+_STATS_OPTIONS = "str[] features, str activation, float gamma"
+_LOSS_OPTIONS = (
+    "str activation, float gamma, float[] main_rows, float[] blob_rows, float main_weight, float blob_weight, "
+    "str masking, str channel0, str reduction"
+)
+_LOSS_INPUTS = "Tensor logits, Tensor instances, Tensor? target"
+
+_LIBRARY.define(f"segment_stats(Tensor logits, Tensor cells, SymInt num_cells, {_STATS_OPTIONS}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"segment_stats_backward(Tensor grad_sums, Tensor logits, Tensor cells, {_STATS_OPTIONS}) -> Tensor")
+_LIBRARY.define(f"blob_loss({_LOSS_INPUTS}, SymInt max_instances, {_LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"blob_loss_backward(Tensor grad, {_LOSS_INPUTS}, Tensor counts, Tensor sums, {_LOSS_OPTIONS}) -> Tensor"
+)
+_LIBRARY.define("connected_components(Tensor mask, int connectivity) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "label_target(Tensor target, int channels, bool class_map, bool softmax, int connectivity, float? ignore) -> Tensor"
+)
+
+_ops = torch.ops.blobloss_fast
+
+# ---------------------------------------------------------------- kernels, written once for every backend module
+
+
+def _register(backend: ModuleType, key: str) -> None:
+    def segment_stats(logits, cells, num_cells, features, activation, gamma):  # type: ignore[no-untyped-def]
+        counts, sums = backend.segment_stats_forward(
+            logits, cells, None, num_cells, tuple(features), activation, gamma, "class"
+        )
+        return sums, counts
+
+    def segment_stats_backward(grad_sums, logits, cells, features, activation, gamma):  # type: ignore[no-untyped-def]
+        return backend.segment_stats_backward(
+            grad_sums, logits, cells, None, tuple(features), activation, gamma, "class"
+        )
+
+    def blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
+        spec = LossSpec(*options)
+        features = features_of(spec.main_rows, spec.blob_rows)
+        num_cells = _num_cells(max_instances, target)
+        counts, sums = backend.segment_stats_forward(
+            logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
+        )
+        return finish(counts, sums, features, target is not None, spec), counts, sums
+
+    def blob_loss_backward(grad, logits, instances, target, counts, sums, *options):  # type: ignore[no-untyped-def]
+        spec = LossSpec(*options)
+        features = features_of(spec.main_rows, spec.blob_rows)
+        grad_sums = finish_backward(grad, counts, sums, features, target is not None, spec)
+        return backend.segment_stats_backward(
+            grad_sums, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0
+        )
+
+    for kernel in (segment_stats, segment_stats_backward, blob_loss, blob_loss_backward):
+        _LIBRARY.impl(kernel.__name__, kernel, key)
+
+
+class _LazyTriton(ModuleType):
+    """The Triton backend, imported at its first use; the reference where Triton is not installed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not has_triton():
+            return getattr(reference, name)
+        from .kernels import triton_segment_stats
+
+        return getattr(triton_segment_stats, name)
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, found without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+_register(reference, "CompositeExplicitAutograd")
+_register(_LazyTriton("triton_segment_stats"), "CUDA")
+_LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
+_LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
+
+# ---------------------------------------------------------------- fakes: shapes and dtypes, for tracing
+
+
+def _num_cells(max_instances: int, target: Tensor | None) -> int:
+    return (max_instances + 1) * (1 if target is None else 2)
+
+
+def _fake_table(logits: Tensor, num_cells: int, num_features: int) -> tuple[Tensor, Tensor]:
+    shape = (*logits.shape[:2], num_cells)
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty((*shape, num_features), dtype=reference.compute_dtype(logits.dtype)),
+    )
+
+
+def _fake_segment_stats(logits, cells, num_cells, features, activation, gamma):  # type: ignore[no-untyped-def]
+    counts, sums = _fake_table(logits, num_cells, len(features))
+    return sums, counts
+
+
+def _fake_blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
+    spec = LossSpec(*options)
+    features = features_of(spec.main_rows, spec.blob_rows)
+    counts, sums = _fake_table(logits, _num_cells(max_instances, target), len(features))
+    shapes = {"none": logits.shape[:2], "terms": (2,), "instances": (*logits.shape[:2], max_instances)}
+    return sums.new_empty(shapes.get(spec.reduction, ())), counts, sums
+
+
+def _fake_gradient(grad, logits, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _fake_connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+    return mask.new_empty(mask.shape, dtype=torch.int32), mask.new_empty(mask.shape[:2], dtype=torch.int64)
+
+
+def _fake_label_target(target, channels, class_map, softmax, connectivity, ignore):  # type: ignore[no-untyped-def]
+    one = softmax and channels == 2
+    return target.new_empty((target.shape[0], 1 if one else channels, *target.shape[2:]), dtype=torch.int32)
+
+
+for _name, _fake in {
+    "segment_stats": _fake_segment_stats,
+    "segment_stats_backward": _fake_gradient,
+    "blob_loss": _fake_blob_loss,
+    "blob_loss_backward": _fake_gradient,
+    "connected_components": _fake_connected_components,
+    "label_target": _fake_label_target,
+}.items():
+    torch.library.register_fake(f"blobloss_fast::{_name}", _fake, lib=_LIBRARY)
+
+# ---------------------------------------------------------------- autograd
+
+
+class SegmentStatsFunction(torch.autograd.Function):
+    """The differentiable table of sums."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cells: Tensor, num_cells: int, *options: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            sums, counts = _ops.segment_stats(logits, cells, num_cells, *options)
+        ctx.save_for_backward(logits, cells)
+        ctx.options = options
+        ctx.mark_non_differentiable(counts)
+        return sums, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _ops.segment_stats_backward(grad_sums, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, *(None for _ in ctx.options)
+
+
+class BlobLossFunction(torch.autograd.Function):
+    """The whole loss: one pass over the volume forward, one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, instances: Tensor, target: Tensor | None, max_instances: int, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, counts, sums = _ops.blob_loss(logits, instances, target, max_instances, *options)
+        ctx.save_for_backward(logits, instances, target, counts, sums)
+        ctx.options = options
+        ctx.mark_non_differentiable(counts, sums)
+        return loss, counts, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _ops.blob_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, None, *(None for _ in ctx.options)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient that says clearly that it has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(_ops, name)(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "blobloss_fast has no second derivative: its gradient cannot be differentiated again; call backward() "
+            "without create_graph=True, or write the loss in plain PyTorch where a gradient penalty needs it"
+        )
+
+
+def _autograd(function: type[torch.autograd.Function], *leading: Any) -> Any:
+    return lambda *args: function.apply(*leading, *args)
+
+
+_LIBRARY.impl("segment_stats", _autograd(SegmentStatsFunction), "Autograd")
+_LIBRARY.impl("blob_loss", _autograd(BlobLossFunction), "Autograd")
+_LIBRARY.impl("segment_stats_backward", _autograd(_OnceDifferentiable, "segment_stats_backward"), "Autograd")
+_LIBRARY.impl("blob_loss_backward", _autograd(_OnceDifferentiable, "blob_loss_backward"), "Autograd")
+
+segment_stats = _ops.segment_stats.default
+blob_loss = _ops.blob_loss.default
+connected_components = _ops.connected_components.default
+label_target = _ops.label_target.default

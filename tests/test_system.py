@@ -1,0 +1,204 @@
+"""The loss inside PyTorch: registration, compilation, autocast, worker processes, copies, second derivatives."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import blobloss_fast
+from blobloss_fast import BlobLoss, blob_loss, criteria, segment_stats
+from blobloss_fast.functional import Options
+
+# raised inside PyTorch's own compiler
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+FEATURES = ["prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg"]
+
+
+def volume(channels=1, *, seed=0, dtype=torch.float32, size=(7, 6, 5)):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, channels, *size, generator=generator, dtype=torch.float64).to(dtype)
+    ids = torch.randint(-1, 5, (2, channels, *size), generator=generator)
+    return logits, ids
+
+
+def loss_and_grad(loss, logits, *labels, **keywords):
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, *labels, **keywords)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+def operator_options(reduction="mean", activation="sigmoid", channel0="class", masking="none"):
+    options = Options(criteria.dice() + criteria.focal(1.5)).checked()
+    rows = list(options.criterion.rows)
+    return (activation, 1.5, rows, rows, 1.0, 2.0, masking, channel0, reduction)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
+def test_opcheck_segment_stats(activation):
+    logits, ids = volume(2)
+    logits = logits.sigmoid() if activation == "none" else logits
+    arguments = (ids, 5, FEATURES, activation, 2.0)
+    torch.library.opcheck(torch.ops.blobloss_fast.segment_stats.default, (logits.requires_grad_(), *arguments))
+    grad_sums = torch.randn(2, 2, 5, len(FEATURES))
+    backward = (grad_sums, logits.detach(), ids, FEATURES, activation, 2.0)
+    torch.library.opcheck(torch.ops.blobloss_fast.segment_stats_backward.default, backward)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum", "terms", "instances"])
+@pytest.mark.parametrize("with_target", [False, True])
+def test_opcheck_blob_loss(reduction, with_target):
+    logits, ids = volume()
+    target = (ids > 1).float() if with_target else None
+    options = operator_options(reduction)
+    torch.library.opcheck(
+        torch.ops.blobloss_fast.blob_loss.default, (logits.requires_grad_(), ids, target, 6, *options)
+    )
+    loss, counts, sums = torch.ops.blobloss_fast.blob_loss(logits.detach(), ids, target, 6, *options)
+    backward = (torch.ones_like(loss), logits.detach(), ids, target, counts, sums, *options)
+    torch.library.opcheck(torch.ops.blobloss_fast.blob_loss_backward.default, backward)
+
+
+def test_opcheck_labels():
+    _, ids = volume(3)
+    torch.library.opcheck(torch.ops.blobloss_fast.connected_components.default, ((ids > 2).float(), 26))
+    class_map = ids[:, :1].clamp(0, 2)
+    torch.library.opcheck(torch.ops.blobloss_fast.label_target.default, (class_map, 3, True, True, 26, None))
+    two = (ids[:, :1] > 2).long()
+    torch.library.opcheck(torch.ops.blobloss_fast.label_target.default, (two, 2, True, True, 6, None))
+
+
+@pytest.mark.parametrize("labels", ["mask", "ids", "both"])
+def test_compile_fullgraph_equals_eager(labels):
+    """Without a graph break, although the ids are found on the fly; and again for another size without an error."""
+    torch._dynamo.reset()
+    module = BlobLoss(criteria.dice() + criteria.bce(), max_instances=64)
+    compiled = torch.compile(module, fullgraph=True)
+    for seed, size in enumerate([(9, 8, 7), (6, 5, 4), (9, 8, 7)]):
+        logits, ids = volume(seed=seed, size=size)
+        given = {
+            "mask": {"target": (ids > 2).float()},
+            "ids": {"instances": ids},
+            "both": {"target": (ids > 1), "instances": ids},
+        }[labels]
+        for got, expected in zip(
+            loss_and_grad(compiled, logits, **given), loss_and_grad(module, logits, **given), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_compile_softmax_terms_and_instances():
+    torch._dynamo.reset()
+    logits, ids = volume(2)
+    target = (ids[:, :1] > 1).long()
+    module = BlobLoss(activation="softmax", include_background=True, max_instances=8)
+
+    def logged(logits):
+        main, blob = module.terms(logits, target, ids[:, :1])
+        losses, _ = module.instance_losses(logits, target, ids[:, :1])
+        return main + 2 * blob + losses.sum()
+
+    compiled = torch.compile(logged, fullgraph=True)
+    for got, expected in zip(loss_and_grad(compiled, logits), loss_and_grad(logged, logits), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_reads_the_logits_as_they_are(dtype):
+    """A half-precision logit gives the fp32 loss of that logit, and a gradient in its own dtype."""
+    logits, ids = volume(dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, grad = loss_and_grad(BlobLoss(), logits, instances=ids)
+    expected, expected_grad = loss_and_grad(BlobLoss(), logits.float(), instances=ids)
+    assert value.dtype == torch.float32 and grad.dtype == dtype
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=0, atol=0)
+
+
+def test_autocast_behind_a_convolution():
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 1, 3, padding=1)
+    images, ids = volume()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(images)
+        assert logits.dtype == torch.bfloat16
+        loss = BlobLoss()(logits, instances=ids)
+    loss.backward()
+    expected, expected_grad = loss_and_grad(BlobLoss(), logits.detach(), instances=ids)
+    torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=0)
+    bias = expected_grad.float().sum((0, 2, 3, 4))
+    torch.testing.assert_close(network.bias.grad, bias, rtol=2e-2, atol=1e-4)
+
+
+class _Losses(Dataset):
+    """A data set whose items are losses: what hard-example mining in a worker does."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        logits, ids = volume(seed=index)
+        mask_loss = BlobLoss()(logits, (ids > 2))
+        value, grad = loss_and_grad(BlobLoss(), logits, instances=ids)
+        return value, grad, mask_loss
+
+
+def test_dataloader_worker_after_fork():
+    expected = [_Losses()[i] for i in range(4)]  # PyTorch's thread pool is warm when the workers are forked
+    loader = DataLoader(_Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for got, item in zip(loader, expected, strict=True):
+        for a, b in zip(got, item, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_second_derivative_is_refused():
+    logits, ids = volume()
+    logits.requires_grad_()
+    for value in (blob_loss(logits, instances=ids), segment_stats(logits, ids, 5)[1].sum()):
+        (grad,) = torch.autograd.grad(value, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.sum().backward()
+
+
+def test_module_is_copied_and_pickled():
+    module = BlobLoss(criteria.dice() + 0.5 * criteria.focal(1.5), masking="none", max_instances=7)
+    logits, ids = volume()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(twin(logits, instances=ids), module(logits, instances=ids), rtol=0, atol=0)
+    assert repr(module) == "BlobLoss(dice() + 0.5 * focal(1.5), masking='none', max_instances=7)"
+    assert repr(BlobLoss()) == "BlobLoss(dice())"
+
+
+def test_no_grad_and_frozen_logits():
+    logits, ids = volume()
+    with torch.no_grad():
+        value = blob_loss(logits.requires_grad_(), instances=ids)
+    assert not value.requires_grad
+    assert not blob_loss(logits.detach(), instances=ids).requires_grad
+    torch.testing.assert_close(value, blob_loss(logits, instances=ids).detach(), rtol=0, atol=0)
+
+
+def test_one_pass_over_the_volume_each_way(monkeypatch):
+    """Whatever the compound and the weights, the kernels run once forward and once backward."""
+    calls = []
+    for name in ("segment_stats_forward", "segment_stats_backward"):
+        kernel = getattr(blobloss_fast.kernels.reference, name)
+        monkeypatch.setattr(
+            blobloss_fast.kernels.reference,
+            name,
+            lambda *args, _kernel=kernel, _name=name: calls.append(_name) or _kernel(*args),
+        )
+    logits, ids = volume()
+    loss = BlobLoss(criteria.dice() + criteria.bce() + criteria.focal(), main_criterion=criteria.jaccard())
+    loss_and_grad(loss, logits, ids > 2, ids)
+    assert calls == ["segment_stats_forward", "segment_stats_backward"]
+
+
+def test_backends_names_every_kind_of_device():
+    found = blobloss_fast.backends()
+    assert found["cpu"].startswith("reference")
+    assert set(found) == {"cpu", "cuda", "other"}
+    assert ("Triton is not installed" in found["cuda"]) != found["cuda"].startswith("triton")
