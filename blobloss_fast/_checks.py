@@ -38,7 +38,7 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
-def count(name: str, value: Any, *, minimum: int) -> int:
+def count(name: str, value: Any, *, minimum: int) -> Any:
     """Require a Python integer (or a traced size), at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")

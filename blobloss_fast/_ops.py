@@ -8,7 +8,9 @@ through one backward, which is an operator of its own.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -43,15 +45,15 @@ _ops = torch.ops.blobloss_fast
 # ---------------------------------------------------------------- kernels, written once for every backend module
 
 
-def _register(backend: ModuleType, key: str) -> None:
+def _register(backend: Callable[[], ModuleType], key: str) -> None:
     def segment_stats(logits, cells, num_cells, features, activation, gamma):  # type: ignore[no-untyped-def]
-        counts, sums = backend.segment_stats_forward(
+        counts, sums = backend().segment_stats_forward(
             logits, cells, None, num_cells, tuple(features), activation, gamma, "class"
         )
         return sums, counts
 
     def segment_stats_backward(grad_sums, logits, cells, features, activation, gamma):  # type: ignore[no-untyped-def]
-        return backend.segment_stats_backward(
+        return backend().segment_stats_backward(
             grad_sums, logits, cells, None, tuple(features), activation, gamma, "class"
         )
 
@@ -59,7 +61,7 @@ def _register(backend: ModuleType, key: str) -> None:
         spec = LossSpec(*options)
         features = features_of(spec.main_rows, spec.blob_rows)
         num_cells = _num_cells(max_instances, target)
-        counts, sums = backend.segment_stats_forward(
+        counts, sums = backend().segment_stats_forward(
             logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
         )
         return finish(counts, sums, features, target is not None, spec), counts, sums
@@ -68,7 +70,7 @@ def _register(backend: ModuleType, key: str) -> None:
         spec = LossSpec(*options)
         features = features_of(spec.main_rows, spec.blob_rows)
         grad_sums = finish_backward(grad, counts, sums, features, target is not None, spec)
-        return backend.segment_stats_backward(
+        return backend().segment_stats_backward(
             grad_sums, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0
         )
 
@@ -76,24 +78,23 @@ def _register(backend: ModuleType, key: str) -> None:
         _LIBRARY.impl(kernel.__name__, kernel, key)
 
 
-class _LazyTriton(ModuleType):
-    """The Triton backend, imported at its first use; the reference where Triton is not installed."""
-
-    def __getattr__(self, name: str) -> Any:
-        if not has_triton():
-            return getattr(reference, name)
-        from .kernels import triton_segment_stats
-
-        return getattr(triton_segment_stats, name)
-
-
 def has_triton() -> bool:
     """Whether Triton is installed, found without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
-_register(reference, "CompositeExplicitAutograd")
-_register(_LazyTriton("triton_segment_stats"), "CUDA")
+@functools.cache
+def _for_cuda() -> ModuleType:
+    """Triton, imported at the first CUDA tensor, or the reference where it is not installed."""
+    if not has_triton():
+        return reference
+    from .kernels import triton_segment_stats
+
+    return triton_segment_stats
+
+
+_register(lambda: reference, "CompositeExplicitAutograd")
+_register(_for_cuda, "CUDA")
 _LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
 _LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
 
@@ -138,14 +139,15 @@ def _fake_label_target(target, channels, class_map, softmax, connectivity, ignor
     return target.new_empty((target.shape[0], 1 if one else channels, *target.shape[2:]), dtype=torch.int32)
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "segment_stats": _fake_segment_stats,
     "segment_stats_backward": _fake_gradient,
     "blob_loss": _fake_blob_loss,
     "blob_loss_backward": _fake_gradient,
     "connected_components": _fake_connected_components,
     "label_target": _fake_label_target,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"blobloss_fast::{_name}", _fake, lib=_LIBRARY)
 
 # ---------------------------------------------------------------- autograd
