@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: to
 
 
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
-    """Require one of a few values."""
-    if isinstance(value, bool) or value not in allowed:
+    """Require one of a few names or whole numbers."""
+    if isinstance(value, bool) or not isinstance(value, str | Integral) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
@@ -38,13 +38,18 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
-def count(name: str, value: Any, *, minimum: int) -> Any:
-    """Require a Python integer (or a traced size), at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+def count(name: str, value: Any, *, minimum: int, maximum: int) -> Any:
+    """Require a whole number (or a traced size) between the bounds; return it as a Python integer."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
-    if isinstance(value, int) and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}")
-    return value
+    whole = int(value)
+    if whole < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {whole}")
+    if whole > maximum:
+        raise ValueError(f"{name} must be at most {maximum}; got {whole}")
+    return whole
 
 
 def tensor(name: str, value: Any) -> None:
@@ -60,7 +65,8 @@ def logits(value: Any, activation: str) -> None:
     """Require ``[B, C, *spatial]`` floating point, with one to three spatial axes and at least one voxel."""
     tensor("logits", value)
     if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64; got {value.dtype}: call logits.float()")
+        advice = "take its real part or its magnitude" if value.dtype.is_complex else "call logits.float()"
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64; got {value.dtype}: {advice}")
     volume("logits", value)
     if activation == "softmax" and value.shape[1] < 2:
         raise ValueError(
@@ -105,12 +111,15 @@ def matching(name: str, value: Tensor, like: Tensor, channels: Collection[int]) 
 
 def integers(name: str, value: Tensor) -> Tensor:
     """Require integer ids; return them in a dtype that the kernels read (unsigned 16 bits and more are widened)."""
-    if value.dtype == torch.bool:
+    if value.dtype == torch.bool and name == "instances":
         raise TypeError(
-            f"{name} must hold integer ids; got bool: pass a binary mask as target, its instances are found for you"
+            "instances must hold integer ids; got bool: pass a binary mask as target, its instances are found for you"
         )
     if value.dtype in _WIDER:
-        return value.to(_WIDER[value.dtype])
+        wide = value.to(_WIDER[value.dtype])
+        if value.dtype == torch.uint64 and wide.device.type == "cpu" and bool((wide < 0).any()):
+            raise ValueError(f"{name} must be below 2**63; got larger uint64 values: renumber them")
+        return wide
     if value.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must hold integer ids; got {value.dtype}: call {name}.long()")
     return value
@@ -128,5 +137,5 @@ def binary_or_classes(name: str, value: Tensor) -> Tensor:
 def connectivity(value: Any, axes: int) -> None:
     """Require a neighbourhood that a volume with this number of spatial axes has."""
     names = CONNECTIVITIES[axes]
-    if isinstance(value, bool) or value not in names:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value not in names:
         raise ValueError(f"connectivity must be {' or '.join(map(str, names))} in {axes}D; got {value!r}")

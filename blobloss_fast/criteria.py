@@ -54,8 +54,12 @@ class Criterion:
     def __mul__(self, factor: float) -> Criterion:
         factor = _checks.number("the factor of a criterion", factor)
         rows = tuple(factor * a if i % ROW_SIZE == 0 else a for i, a in enumerate(self.rows))  # the row's weight
+        rows = rows if factor else ()  # 0 times an infinite loss is meant as 0
         name = f"({self.name})" if " + " in self.name else self.name
         return Criterion(f"{factor:g} * {name}", rows, self.gamma, self.own_class)
+
+    def __radd__(self, other: object) -> Criterion:
+        return self if other == 0 else NotImplemented  # the start of sum([...])
 
     __rmul__ = __mul__
 
@@ -89,7 +93,7 @@ def dice(squared: bool = False, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5
     _checks.flag("squared", squared)
     stat = "prob_sq" if squared else "prob"
     return _overlap(
-        "dice(squared=True)" if squared else "dice()",
+        _call("dice", squared=(squared, False), smooth_nr=(smooth_nr, 1e-5), smooth_dr=(smooth_dr, 1e-5)),
         {TRUE_POSITIVE: 2.0},
         {("pos", stat): 1.0, ("neg", stat): 1.0, POSITIVES: 1.0},
         smooth_nr,
@@ -109,7 +113,8 @@ def jaccard(smooth_nr: float = 1e-5, smooth_dr: float = 1e-5) -> Criterion:
     Reference:
         Rahman and Wang 2016, Optimizing Intersection-Over-Union.
     """
-    return _overlap("jaccard()", {TRUE_POSITIVE: 2.0}, {FALSE_POSITIVE: 2.0, POSITIVES: 2.0}, smooth_nr, smooth_dr)
+    name = _call("jaccard", smooth_nr=(smooth_nr, 1e-5), smooth_dr=(smooth_dr, 1e-5))
+    return _overlap(name, {TRUE_POSITIVE: 2.0}, {FALSE_POSITIVE: 2.0, POSITIVES: 2.0}, smooth_nr, smooth_dr)
 
 
 def tversky(alpha: float = 0.5, beta: float = 0.5, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5) -> Criterion:
@@ -126,7 +131,7 @@ def tversky(alpha: float = 0.5, beta: float = 0.5, smooth_nr: float = 1e-5, smoo
     """
     alpha, beta = _checks.number("alpha", alpha, minimum=0), _checks.number("beta", beta, minimum=0)
     return _overlap(
-        f"tversky({alpha:g}, {beta:g})",
+        _call(f"tversky({alpha:g}, {beta:g}", smooth_nr=(smooth_nr, 1e-5), smooth_dr=(smooth_dr, 1e-5)),
         {TRUE_POSITIVE: 1.0},
         {TRUE_POSITIVE: 1.0 - beta, FALSE_POSITIVE: alpha, POSITIVES: beta},
         smooth_nr,
@@ -166,6 +171,13 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Criterion:
         negative = 1.0 - positive
     name = f"focal({gamma:g})" if alpha is None else f"focal({gamma:g}, {alpha:g})"
     return _mean(name, {("pos", "focal_pos"): positive, ("neg", "focal_neg"): negative}, gamma=gamma)
+
+
+def _call(function: str, **arguments: tuple[float, float]) -> str:
+    """Return the call that made a criterion, with the arguments (value, default) that are not the default."""
+    changed = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
+    opened, _, first = function.partition("(")
+    return f"{opened}({', '.join([first] * bool(first) + changed)})"
 
 
 def _overlap(name: str, numerator: Terms, denominator: Terms, smooth_nr: float, smooth_dr: float) -> Criterion:

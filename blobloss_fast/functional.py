@@ -6,6 +6,7 @@ Reading order: this file, then ``criteria`` (what a loss is), ``partition`` (wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .partition import Partition, partition
 
 REDUCTIONS = ("mean", "none", "sum")
 _DICE = dice()
+_MOST_INSTANCES = 2**24  # a table of 16 million instances takes half a gigabyte for each sum and class
 
 
 class Options(NamedTuple):
@@ -53,12 +55,27 @@ class Options(NamedTuple):
         _checks.one_of("masking", self.masking, MASKINGS)
         _checks.one_of("connectivity", self.connectivity, (4, 8, 6, 18, 26))
         _checks.one_of("reduction", self.reduction, REDUCTIONS)
-        if self.ignore_index is not None:
-            _checks.count("ignore_index", self.ignore_index, minimum=-(2**53))
-        if self.max_instances is not None:
-            _checks.count("max_instances", self.max_instances, minimum=0)
+        ignore_index, max_instances = self.ignore_index, self.max_instances
+        if ignore_index is not None:
+            ignore_index = _checks.count("ignore_index", ignore_index, minimum=-(2**53), maximum=2**53)
+        if max_instances is not None:
+            max_instances = _checks.count("max_instances", max_instances, minimum=0, maximum=_MOST_INSTANCES)
         common_gamma(self.criterion, self.main_criterion or self.criterion)
-        return self._replace(main_weight=main_weight, blob_weight=blob_weight)
+        return self._replace(
+            main_weight=main_weight,
+            blob_weight=blob_weight,
+            connectivity=int(self.connectivity),
+            ignore_index=ignore_index,
+            max_instances=max_instances,
+        )
+
+    @classmethod
+    def named(cls, options: Mapping[str, Any]) -> Options:
+        """Return checked options from keyword arguments."""
+        unknown = sorted(options.keys() - set(cls._fields))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(cls._fields)}")
+        return cls(**options).checked()
 
 
 def blob_loss(
@@ -123,7 +140,7 @@ def blob_loss_terms(
     Returns:
         Two scalars. The blob term is a 0 that is connected to the graph where no sample has an instance.
     """
-    terms = compute(Options(**options).checked(), logits, target, instances, "terms")[0]
+    terms = compute(Options.named(options), logits, target, instances, "terms")[0]
     main, blob = terms.unbind()
     return main, blob
 
@@ -144,7 +161,7 @@ def blob_loss_instances(
         losses ``[B, C, N]`` and ids int64 ``[B, C, N]``, N the largest id (``max_instances`` if given; the number of
         different ids if they exceed the number of voxels); both 0 where there is no instance: select with ``ids > 0``.
     """
-    loss, labels, counts = compute(Options(**options).checked(), logits, target, instances, "instances")
+    loss, labels, counts = compute(Options.named(options), logits, target, instances, "instances")
     ids = labels.original_ids
     if ids is None:
         ids = torch.arange(1, labels.max_instances + 1, device=counts.device)

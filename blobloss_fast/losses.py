@@ -28,6 +28,8 @@ class BlobLoss(nn.Module):
     ``include_background``; results keep its place, holding 0. Two channels with a ``[B, 1]`` class map or ids are the
     usual binary case.
 
+    The options are attributes and may be changed between calls, for instance to raise ``blob_weight`` over the epochs.
+
     Args:
         criterion: from :mod:`blobloss_fast.criteria`; sums and multiples compose, ``dice() + 0.5 * bce()``.
         main_criterion: criterion of the main term; None: the same.
@@ -88,10 +90,15 @@ class BlobLoss(nn.Module):
         max_instances: int | None = None,
     ) -> None:
         super().__init__()
-        self.options = Options(
+        options = Options(
             criterion, main_criterion, main_weight, blob_weight, activation, include_background, masking, connectivity,
             reduction, ignore_index, max_instances,
-        ).checked()  # fmt: skip
+        )  # fmt: skip
+        for name, value in options.checked()._asdict().items():
+            setattr(self, name, value)
+
+    def _options(self) -> Options:
+        return Options(*[getattr(self, name) for name in Options._fields]).checked()
 
     def forward(self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None) -> Tensor:
         """Return the loss.
@@ -107,24 +114,26 @@ class BlobLoss(nn.Module):
         Returns:
             A scalar, or ``[B, C]`` with ``reduction="none"``; float32, or float64 for float64 logits.
         """
-        return compute(self.options, logits, target, instances, self.options.reduction)[0]
+        options = self._options()
+        return compute(options, logits, target, instances, options.reduction)[0]
 
     def terms(
         self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the unweighted main and blob terms: :func:`blob_loss_terms` with this module's options."""
-        return blob_loss_terms(logits, target, instances, **self.options._asdict())
+        return blob_loss_terms(logits, target, instances, **self._options()._asdict())
 
     def instance_losses(
         self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return every instance's loss and id: :func:`blob_loss_instances` with this module's options."""
-        return blob_loss_instances(logits, target, instances, **self.options._asdict())
+        return blob_loss_instances(logits, target, instances, **self._options()._asdict())
 
     def extra_repr(self) -> str:
         """Show the options that differ from the defaults."""
-        defaults = Options().checked()._asdict()
-        changed = {name: value for name, value in self.options._asdict().items() if value != defaults[name]}
-        return ", ".join(
-            [repr(self.options.criterion)] + [f"{k}={v!r}" for k, v in changed.items() if k != "criterion"]
-        )
+        changed = [
+            f"{name}={value!r}"
+            for name, value, default in zip(Options._fields, self._options(), Options(), strict=True)
+            if value != default and name != "criterion"
+        ]
+        return ", ".join([repr(self.criterion), *changed])

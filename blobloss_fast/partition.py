@@ -57,7 +57,7 @@ def partition(
         instances = _checks.integers("instances", instances)
         if target is not None and ignore_index is not None:
             signed = instances.to(torch.int32) if instances.dtype == torch.uint8 else instances
-            instances = torch.where(target == ignore_index, -1, signed)
+            instances = torch.where(target == float(ignore_index), -1, signed)
         elif target is None and channel0 == "background":
             target = _one_hot(instances, channels)
     elif target is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ def segment_stats(
     logits: Tensor,
     cells: Tensor,
     num_cells: int,
-    features: Sequence[str] = ("prob",),
+    features: Iterable[str] = ("prob",),
     activation: str = "sigmoid",
     *,
     gamma: float = 2.0,
@@ -62,9 +62,10 @@ def segment_stats(
     _checks.tensor("cells", cells)
     _checks.matching("cells", cells, logits, (1, logits.shape[1]))
     cells = _checks.integers("cells", cells)
-    num_cells = _checks.count("num_cells", num_cells, minimum=1)
-    if isinstance(features, str):
-        raise TypeError(f"features must be a sequence of names; got the string {features!r}: pass ({features!r},)")
+    num_cells = _checks.count("num_cells", num_cells, minimum=1, maximum=2**25)
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise TypeError(f"features must be a sequence of names; got {features!r}: pass for example ('prob',)")
+    features = tuple(features)
     for feature in features:
         _checks.one_of("features", feature, FEATURES)
     gamma = _checks.number("gamma", gamma, minimum=0)

@@ -402,12 +402,24 @@ def test_one_gamma_on_both_sides():
         (criteria.dice() + 0.5 * criteria.bce(), "dice() + 0.5 * bce()"),
         (2 * (criteria.dice() + criteria.bce()), "2 * (dice() + bce())"),
         (criteria.bce() * 2 + criteria.dice(), "2 * bce() + dice()"),
+        (criteria.dice(smooth_nr=0, smooth_dr=1.5), "dice(smooth_nr=0, smooth_dr=1.5)"),
+        (criteria.tversky(0.3, 0.7, smooth_nr=1), "tversky(0.3, 0.7, smooth_nr=1)"),
+        (sum([criteria.dice(), criteria.bce()]), "dice() + bce()"),
     ],
     ids=str,
 )
 def test_repr_is_what_one_would_write(criterion, text):
     assert repr(criterion) == text
     assert eval(repr(criterion), vars(criteria)) == criterion
+
+
+def test_nothing_times_a_criterion_is_nothing_also_where_it_is_infinite():
+    wrong = torch.tensor([[[-torch.inf, 1.0, 0.5]]])
+    mask = torch.tensor([[[1, 0, 0]]])
+    assert torch.isinf(blob_loss(wrong, mask, criterion=criteria.dice() + criteria.bce()))
+    dice = blob_loss(wrong, mask, criterion=criteria.dice())
+    assert torch.isfinite(dice)
+    assert blob_loss(wrong, mask, criterion=criteria.dice() + 0 * criteria.bce()) == dice
 
 
 def test_criterion_is_an_immutable_value():

@@ -172,6 +172,17 @@ def test_module_is_copied_and_pickled():
     assert repr(BlobLoss()) == "BlobLoss(dice())"
 
 
+def test_options_are_attributes_that_a_schedule_may_change():
+    logits, ids = volume()
+    module = BlobLoss()
+    module.blob_weight, module.masking = 0.25, "none"
+    expected = blob_loss(logits, instances=ids, blob_weight=0.25, masking="none")
+    torch.testing.assert_close(module(logits, instances=ids), expected, rtol=0, atol=0)
+    module.blob_weight = float("nan")
+    with pytest.raises(ValueError, match="blob_weight must be finite"):
+        module(logits, instances=ids)
+
+
 def test_no_grad_and_frozen_logits():
     logits, ids = volume()
     with torch.no_grad():
