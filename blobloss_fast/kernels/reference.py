@@ -49,23 +49,24 @@ def segment_stats_forward(
         counts int64 ``[B, C, K]`` and sums ``[B, C, K, F]`` in the compute dtype.
     """
     x = _flatten(logits).to(compute_dtype(logits.dtype))
-    cell, invalid = _compose_cells(cells, target, num_cells, logits.shape[1], channel0)
+    slot, first, invalid = _slots(cells, target, num_cells, logits.shape[1], channel0)
+    z = _in_rows(_pre_activation(x, activation, channel0), num_cells, 0.5)
     if activation == "none":
-        invalid = invalid | _check(((x < 0) | (x > 1)) & (cell >= 0), NOT_A_PROBABILITY)
-    slot = _slots(cell, num_cells)
-    z = _in_rows(_pre_activation(x, activation), num_cells, 0.5)
+        invalid = invalid | _check(((z < 0) | (z > 1)) & (slot >= first), NOT_A_PROBABILITY)
 
-    line_counts = _add_up(slot, slot.new_ones(1, dtype=torch.int32), num_cells + 1)
+    line_counts = _add_up(slot, slot.new_ones(1, dtype=torch.int32), first + num_cells)
     levels = _levels(slot, line_counts)
     sums = []
     for name in features:
         entries = _feature(name, z, activation, gamma)
         for part, num_parts in levels:
             entries = _add_up(part, entries, num_parts)
-        sums.append(entries[..., 1:].sum(2))
-    counts = line_counts[..., 1:].sum(2)
+        sums.append(entries[..., first:].sum(2))
+    counts = line_counts[..., first:].sum(2)
     table = torch.stack(sums, -1) if sums else z.new_empty(*counts.shape, 0)
-    return counts, table.masked_fill_(invalid, float("nan"))
+    table.masked_fill_(invalid, float("nan"))
+    unused = logits.shape[1] - counts.shape[1]
+    return _with_unused(counts, unused, 0), _with_unused(table, unused, 0.0)
 
 
 def segment_stats_backward(
@@ -88,18 +89,23 @@ def segment_stats_backward(
     """
     num_cells = grad_sums.shape[2]
     x = _flatten(logits).to(compute_dtype(logits.dtype))
-    slot = _slots(_compose_cells(cells, target, num_cells, logits.shape[1], channel0, check=False)[0], num_cells)
-    z = _in_rows(_pre_activation(x, activation), num_cells, 0.5)
+    slot, first, _ = _slots(cells, target, num_cells, logits.shape[1], channel0, check=False)
+    z = _in_rows(_pre_activation(x, activation, channel0), num_cells, 0.5)
 
-    grad = torch.zeros_like(z)
-    coefficients = F.pad(grad_sums, (0, 0, 1, 0)).unsqueeze(2)  # slot 0 is what is ignored
+    unused = x.shape[1] - z.shape[1]
+    coefficients = F.pad(grad_sums[:, unused:], (0, 0, first, 0)).unsqueeze(2)  # 0 for what is ignored
+    grad = None
     for j, slope in enumerate(_slopes(features, z, activation, gamma)):
-        lines = coefficients[..., j].expand(*slot.shape[:3], num_cells + 1)
-        grad.addcmul_(lines.gather(3, slot), slope)
-    ignored = slot == 0  # a NaN that is ignored must not reach the gradient
-    grad, ignored = (v.flatten(2)[..., : x.shape[2]] for v in (grad.masked_fill_(ignored, 0.0), ignored))
+        coefficient = coefficients[..., j].expand(-1, -1, slot.shape[2], -1).gather(3, slot)
+        grad = coefficient.mul_(slope) if grad is None else grad.addcmul_(coefficient, slope)
+    if grad is None:
+        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    grad = _with_unused(grad.flatten(2)[..., : x.shape[2]], unused, 0.0)
     if activation == "softmax":
-        grad = _softmax_backward(x, grad).masked_fill_(ignored.all(1, keepdim=True), 0.0)
+        grad = _softmax_backward(x, grad)
+    if first:  # a NaN that is ignored must not reach the gradient
+        ignored = _with_unused((slot == 0).flatten(2)[..., : x.shape[2]], unused, True)
+        grad.masked_fill_(ignored.all(1, keepdim=True) if activation == "softmax" else ignored, 0.0)
     return grad.reshape(logits.shape).to(logits.dtype).contiguous()
 
 
@@ -119,51 +125,73 @@ def _check(wrong: Tensor, message: str) -> Tensor:
     return found
 
 
-def _compose_cells(
+def _slots(
     cells: Tensor, target: Tensor | None, num_cells: int, channels: int, channel0: str, check: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return every voxel's cell, int64 ``[B, C, V]``, -1 where ignored, and whether any label was invalid."""
-    cell = _flatten(cells).expand(-1, channels, -1).to(torch.int64, copy=True)
-    if channel0 == "background":
-        cell[:, 0].clamp_(max=0)
-    elif channel0 == "unused":
-        cell[:, 0] = -1
+) -> tuple[Tensor, int, Tensor]:
+    """Compose the cell of every voxel, as its slot in a line of the table.
+
+    Returns:
+        The slots, int64, in rows (without channel 0 if that is unused); the slot of cell 0, which is 1 where slot 0 is
+        for ignored voxels and padding, or 0 where it is known that there are none; and whether any label was invalid.
+    """
+    unused = int(channel0 == "unused")
+    on_host = cells.device.type == "cpu"
     capacity = num_cells if target is None else num_cells // 2
-    invalid = _check(cell.amax() >= capacity, TOO_LARGE) if check else cell.new_zeros((), dtype=torch.bool)
-    cell.clamp_(-1, capacity - 1)
+    cells = _flatten(cells)
+    instances = cells[:, min(1, cells.shape[1] - 1) :] if channel0 != "class" else cells
+    rows, length = _row_shape(cells.shape[2], num_cells)
+    first = int(not on_host or rows * length != cells.shape[2] or bool(cells.amin() < 0))
+    invalid = _check(instances.amax() >= capacity, TOO_LARGE) if check else cells.new_zeros((), dtype=torch.bool)
+    slot = cells.expand(-1, channels, -1)[:, unused:].to(torch.int64, copy=True)
+    if channel0 == "background":
+        slot[:, 0].clamp_(max=0)
+    if first or not on_host:
+        slot.clamp_(-1, capacity - 1)
     if target is not None:
         t = _flatten(target)
         if t.shape[1] < channels:
             one_hot = t == torch.arange(channels, device=t.device).view(1, -1, 1)
-            if check:
-                invalid = invalid | _check(~one_hot.any(1, keepdim=True) & (cell >= 0), NOT_A_CLASS)
+            wrong = ~one_hot.any(1, keepdim=True)
+            message = NOT_A_CLASS
         else:
             one_hot = t != 0
-            if check and t.dtype != torch.bool:
-                invalid = invalid | _check(one_hot & (t != 1) & (cell >= 0), NOT_BINARY)
-        cell.mul_(2).add_(one_hot).clamp_(min=-1)
-    return cell, invalid
-
-
-def _slots(cell: Tensor, num_cells: int) -> Tensor:
-    """Turn cells into slots of a line of the table, in rows: slot 0 for what is ignored, then the cells."""
-    return _in_rows(cell.add_(1), num_cells, 0)
+            wrong = one_hot & (t != 1)
+            message = NOT_BINARY
+        if check and t.dtype != torch.bool:
+            invalid = invalid | _check(wrong[:, unused * (wrong.shape[1] > 1) :] & (slot >= 0), message)
+        slot.mul_(2).add_(one_hot[:, unused:])
+        if first:
+            slot.clamp_(min=-1)
+    if first:
+        slot.add_(1)
+    return _in_rows(slot, num_cells, 0), first, invalid
 
 
 def _flatten(volume: Tensor) -> Tensor:
     return volume.reshape(volume.shape[0], volume.shape[1], -1)
 
 
-def _in_rows(volume: Tensor, num_cells: int, fill: float) -> Tensor:
-    """Cut ``[B, C, V]`` into ``[B, C, rows, row length]``, the last row padded with ``fill``.
+def _with_unused(tensor: Tensor, unused: int, fill: float) -> Tensor:
+    """Put back the channel that was left out, filled with a constant."""
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (unused, 0), value=fill) if unused else tensor
 
-    Rows hold many times as many voxels as there are cells, so that the table of lines stays small beside the volume.
+
+def _row_shape(voxels: int, num_cells: int) -> tuple[int, int]:
+    """Return the number of rows that a volume is cut into and their length.
+
+    Rows hold many times as many voxels as there are cells, so that the table of lines stays small beside the volume. A
+    power of two divides the usual volumes; others are padded.
     """
-    voxels = volume.shape[2]
-    rows = max(1, voxels // max(_ROW_VOXELS, 16 * num_cells))
-    length = -(-voxels // rows)
-    if rows * length != voxels:
-        volume = F.pad(volume, (0, rows * length - voxels), value=fill)
+    most_rows = max(1, voxels // max(_ROW_VOXELS, 32 * num_cells))
+    rows = 1 << (most_rows.bit_length() - 1)
+    return rows, -(-voxels // rows)
+
+
+def _in_rows(volume: Tensor, num_cells: int, fill: float) -> Tensor:
+    """Cut ``[B, C, V]`` into ``[B, C, rows, row length]``, the last row padded with ``fill``."""
+    rows, length = _row_shape(volume.shape[2], num_cells)
+    if rows * length != volume.shape[2]:
+        volume = F.pad(volume, (0, rows * length - volume.shape[2]), value=fill)
     return volume.unflatten(2, (rows, length))
 
 
@@ -190,8 +218,10 @@ def _levels(slot: Tensor, counts: Tensor) -> list[tuple[Tensor, int]]:
     while most > _PART_SIZE:
         length = slot.shape[3]
         last_part = (counts - 1).clamp_(min=0).div_(_PART_SIZE, rounding_mode="floor")
-        for shift in (1, 2, 4, 8, 16):  # fill up to a power of two less one, with which to "and" a hash
+        shift = 1
+        while shift < (most // _PART_SIZE).bit_length():  # fill up to a power of two less one, to "and" a hash with
             last_part |= last_part >> shift
+            shift *= 2
         first_part = (last_part + 1).cumsum(3) - last_part - 1
         hashed = (torch.arange(length, device=slot.device) * 0x9E3779B1) >> 13
         part = last_part.to(torch.int64).gather(3, slot).bitwise_and_(hashed).add_(first_part.gather(3, slot))
@@ -237,15 +267,14 @@ def _slopes(features: tuple[str, ...], z: Tensor, activation: str, gamma: float)
     """Yield the derivative of each feature with respect to z (to the probability for activation "none")."""
     p = _prob(z, activation)
     q = 1 - p
-    pq = p * q
     for name in features:
         kind, _, side = name.partition("_")
         if kind == "prob":
-            slope = torch.ones_like(p) if activation == "none" else pq
+            slope = torch.ones_like(p) if activation == "none" else p * q
             yield 2 * p * slope if side == "sq" else slope
             continue
         other, sign = (q, -1.0) if side == "pos" else (p, 1.0)
-        d_nll = sign * (other / pq.clamp_min(_SLOPE_FLOOR) if activation == "none" else other)
+        d_nll = sign * (other / (p * q).clamp_min(_SLOPE_FLOOR) if activation == "none" else other)
         if kind == "nll":
             yield d_nll
             continue
@@ -261,11 +290,17 @@ def _slopes(features: tuple[str, ...], z: Tensor, activation: str, gamma: float)
 # ---------------------------------------------------------------- softmax
 
 
-def _pre_activation(x: Tensor, activation: str) -> Tensor:
-    """The logit whose sigmoid is the probability: x itself, or for a softmax x_c - logsumexp of the other channels."""
+def _pre_activation(x: Tensor, activation: str, channel0: str) -> Tensor:
+    """The logit whose sigmoid is the probability: x itself, or for a softmax x_c - logsumexp of the other channels.
+
+    Without channel 0 if that is unused.
+    """
+    unused = int(channel0 == "unused")
     if activation != "softmax":
-        return x
-    return x - (x.flip(1) if x.shape[1] == 2 else _log_others(x)[0])
+        return x[:, unused:]
+    if x.shape[1] == 2:
+        return x[:, unused:] - x.flip(1)[:, unused:]
+    return (x - _log_others(x)[0])[:, unused:]
 
 
 def _difference(u: Tensor, w: Tensor) -> Tensor:
