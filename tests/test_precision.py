@@ -13,7 +13,7 @@ from blobloss_fast import BlobLoss, blob_loss, blob_loss_instances, blob_loss_te
 from blobloss_fast.kernels.layout import FEATURES
 
 from . import oracle, scenes
-from .test_blob_loss import CRITERIA, criterion_of
+from .blob_loss_checks import CRITERIA, criterion_of
 from .tolerances import FLOOR, TIMES_PLAIN, assert_fp64, error, relative_to_largest
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
