@@ -1,0 +1,72 @@
+"""What a launcher of Triton kernels needs: volumes as rows, and word of invalid input without a wait."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def rows(volume: Tensor) -> tuple[Tensor, int, int]:
+    """The volume with its spatial axes dense (copied if they are not), and its batch and channel strides."""
+    expected = 1
+    for size, stride in zip(reversed(volume.shape[2:]), reversed(volume.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            volume = volume.contiguous()
+            break
+        expected *= size
+    # The stride of an axis of one is never used and may be any number: 0 is one that hides no alignment, and it makes
+    # a single channel serve them all.
+    batch, channel = (
+        0 if size == 1 else stride for size, stride in zip(volume.shape[:2], volume.stride()[:2], strict=True)
+    )
+    return volume, batch, channel
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def target_kind(target: Tensor | None, channels: int) -> str:
+    if target is None:
+        return "none"
+    return "class_map" if target.shape[1] == 1 and channels > 1 else "binary"
+
+
+class Overflow:
+    """Something invalid in an earlier call on a device: known to the host without ever waiting for the device.
+
+    Kernels set ``flag`` and never clear it, so that no later call can hide what an earlier one met. After each launch
+    it is copied, without waiting, into pinned memory, where the next call looks.
+    """
+
+    _per_device: ClassVar[dict[torch.device, "Overflow"]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.inference_mode(False):  # made under inference mode, they could not be written outside it
+            self.flag = torch.zeros(1, dtype=torch.int32, device=device)
+            self.host = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self._seen = self.host.numpy()  # the same memory, read past the dispatcher
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Overflow":
+        if device not in cls._per_device:
+            cls._per_device[device] = cls(device)
+        return cls._per_device[device]
+
+    def send_to_host(self) -> None:
+        self.host.copy_(self.flag, non_blocking=True)
+
+    def raise_if_seen(self) -> None:
+        if not self._seen[0]:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # copies still under way would bring the flag back after the reset
+        self.flag.zero_()
+        self._seen[0] = 0
+        raise RuntimeError(
+            f"an earlier call on {self.device} returned NaN, because where it was not ignored it met an id beyond "
+            "max_instances (a cell beyond num_cells), a target that is neither 0 nor 1 (or no class of the logits), "
+            "or, with activation='none', a value outside [0, 1]: pass a larger max_instances (max_instances=None reads "
+            "the largest id), threshold the target, name its ignored value with ignore_index, or pass probabilities"
+        )

@@ -1,0 +1,246 @@
+"""What the Triton kernels do with one voxel: read it, find its cell, compute its features and their derivatives.
+
+Device functions, run unchanged by Triton's interpreter, from Triton 3.3 on: no libdevice, no block pointers.
+"""
+
+import triton
+import triton.language as tl
+
+from .layout import FEATURES
+
+# Marks in place of a cell. Ignored: counted nowhere, gradient 0. Invalid: beyond the table, or a target that is none.
+IGNORED = tl.constexpr(-1)
+INVALID = tl.constexpr(-2)
+# Features by code: position in FEATURES plus 1.
+_PROB = tl.constexpr(FEATURES.index("prob") + 1)
+_PROB_SQ = tl.constexpr(FEATURES.index("prob_sq") + 1)
+_NLL_POS = tl.constexpr(FEATURES.index("nll_pos") + 1)
+_NLL_NEG = tl.constexpr(FEATURES.index("nll_neg") + 1)
+_FOCAL_POS = tl.constexpr(FEATURES.index("focal_pos") + 1)
+_FOCAL_NEG = tl.constexpr(FEATURES.index("focal_neg") + 1)
+
+
+def feature_codes(features: tuple[str, ...]) -> int:
+    """The features in their order as one integer, three bits each: what the kernels are specialised on."""
+    return sum((FEATURES.index(name) + 1) << (3 * j) for j, name in enumerate(features))
+
+
+# ---------------------------------------------------------------- loads and cells
+
+
+@triton.jit
+def load(ptr, lanes, remaining, TAIL: tl.constexpr):
+    if TAIL:
+        values = tl.load(ptr + lanes, mask=lanes < remaining, other=0)
+    else:
+        values = tl.load(ptr + lanes)
+    return values
+
+
+@triton.jit
+def load_real(ptr, lanes, remaining, TAIL: tl.constexpr):
+    """Read as stored, compute in fp32 (fp64 stays fp64)."""
+    values = load(ptr, lanes, remaining, TAIL)
+    if values.dtype != tl.float64:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def load_cells(
+    cells_ptr,
+    target_ptr,
+    lanes,
+    remaining,
+    channel,
+    num_channels,
+    num_cells,
+    TARGET: tl.constexpr,
+    CHANNEL0: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """The cell of every voxel of a block, or a mark; int32, whatever integers the ids are."""
+    ids = load(cells_ptr, lanes, remaining, TAIL)
+    if ids.dtype != tl.int64:
+        ids = ids.to(tl.int32)
+    ignored = ids < 0
+    if TAIL:
+        ignored = ignored | (lanes >= remaining)
+    if CHANNEL0 == "background":
+        ids = tl.where((ids > 0) & (tl.zeros_like(lanes) + channel == 0), 0, ids)
+    if CHANNEL0 == "unused":
+        ignored = ignored | (tl.zeros_like(lanes) + channel == 0)
+    invalid = ids >= num_cells  # before the cast: an id of 2^40 must not wrap into the table
+    cell = tl.where(invalid, 0, ids).to(tl.int32)
+    if TARGET != "none":
+        label = load(target_ptr, lanes, remaining, TAIL)
+        if label.dtype.is_floating():
+            if label.dtype != tl.float64:
+                label = label.to(tl.float32)
+        else:
+            if label.dtype != tl.int64:
+                label = label.to(tl.int32)
+        if TARGET == "class_map":
+            positive = label == channel
+            known = (label >= 0) & (label < num_channels)  # False for NaN
+            if label.dtype.is_floating():
+                known = known & (tl.floor(label) == label)
+        else:
+            positive = label != 0
+            known = (label == 0) | (label == 1)
+        cell = 2 * cell + positive.to(tl.int32)
+        invalid = invalid | (cell >= num_cells) | (known == 0)
+    cell = tl.where(invalid, INVALID, cell)
+    return tl.where(ignored, IGNORED, cell)
+
+
+# ---------------------------------------------------------------- features of one voxel
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for finite y >= -1 to a few ulp: the rounding of 1 + y is undone by the factor y / ((1 + y) - 1)."""
+    u = 1.0 + y
+    d = u - 1.0
+    return tl.where(d == 0.0, y, tl.log(u) * (y / d))
+
+
+@triton.jit
+def prob_and_logs(z, ACTIVATION: tl.constexpr):
+    """p, 1 - p, log p and log(1 - p), each accurate in its own right; what nobody uses is not compiled."""
+    if ACTIVATION == "none":
+        p = z
+        q = 1.0 - z
+        log_p = tl.log(z)
+        log_q = log1p(-z)
+    else:
+        e = tl.exp(-tl.abs(z))
+        larger = 1.0 / (1.0 + e)
+        smaller = e / (1.0 + e)
+        p = tl.where(z >= 0.0, larger, smaller)
+        q = tl.where(z >= 0.0, smaller, larger)
+        tail = log1p(e)
+        log_p = -(tl.where(z < 0.0, -z, 0.0) + tail)
+        log_q = -(tl.where(z > 0.0, z, 0.0) + tail)
+    return p, q, log_p, log_q
+
+
+@triton.jit
+def nll(log_p, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "none":
+        nll = -tl.where(log_p < -100.0, -100.0, log_p)  # as in torch.nn.BCELoss; NaN stays NaN
+    else:
+        nll = -log_p
+    return nll
+
+
+@triton.jit
+def power(log_base, EXPONENT: tl.constexpr):
+    """base ** EXPONENT; exponent 0 gives 1, also for base 0."""
+    if EXPONENT == 0.0:
+        power = tl.where(log_base == log_base, 1.0, log_base)
+    else:
+        power = tl.exp(EXPONENT * log_base)
+    return power
+
+
+@triton.jit
+def feature(CODE: tl.constexpr, p, log_p, log_q, GAMMA: tl.constexpr, ACTIVATION: tl.constexpr):
+    if CODE == _PROB:
+        value = p
+    elif CODE == _PROB_SQ:
+        value = p * p
+    elif CODE == _NLL_POS:
+        value = nll(log_p, ACTIVATION)
+    elif CODE == _NLL_NEG:
+        value = nll(log_q, ACTIVATION)
+    elif CODE == _FOCAL_POS:
+        value = power(log_q, GAMMA) * nll(log_p, ACTIVATION)
+    else:
+        value = power(log_p, GAMMA) * nll(log_q, ACTIVATION)
+    return value
+
+
+@triton.jit
+def focal_slope(p, q, d_nll, log_p, log_q, GAMMA: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Derivative of q^gamma * nll(p), up to the sign of its second part: the two parts of the product rule."""
+    loss = nll(log_p, ACTIVATION)
+    focus = power(log_q, GAMMA)
+    if GAMMA == 0.0:
+        through_focus = 0.0 * p
+    elif ACTIVATION == "none":
+        through_focus = tl.where(loss == 0.0, 0.0, GAMMA * power(log_q, GAMMA - 1.0) * loss)
+    else:
+        through_focus = GAMMA * focus * tl.where(p == 0.0, 0.0, p * loss)  # 0 * inf is meant as 0
+    return focus * d_nll, through_focus
+
+
+@triton.jit
+def slope(CODE: tl.constexpr, p, q, log_p, log_q, GAMMA: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Derivative of a feature with respect to z (with respect to p for activation "none")."""
+    if ACTIVATION == "none":
+        d_prob = tl.full([1], 1.0, p.dtype)
+        pq = p * q
+        pq = tl.maximum(pq, tl.full([1], 1e-12, p.dtype))  # a bare 1e-12 would be an fp32 one
+        d_nll_pos = -(q / pq)
+        d_nll_neg = p / pq
+    else:
+        d_prob = p * q
+        d_nll_pos = -q
+        d_nll_neg = p
+    if CODE == _PROB:
+        value = d_prob
+    elif CODE == _PROB_SQ:
+        value = 2.0 * p * d_prob
+    elif CODE == _NLL_POS:
+        value = d_nll_pos
+    elif CODE == _NLL_NEG:
+        value = d_nll_neg
+    elif CODE == _FOCAL_POS:
+        direct, through_focus = focal_slope(p, q, d_nll_pos, log_p, log_q, GAMMA, ACTIVATION)
+        value = direct - through_focus
+    else:
+        direct, through_focus = focal_slope(q, p, d_nll_neg, log_q, log_p, GAMMA, ACTIVATION)
+        value = direct + through_focus
+    return value
+
+
+# ---------------------------------------------------------------- softmax
+
+
+@triton.jit
+def difference(u, w):
+    """u - w, and 0 where they are equal, also at infinity."""
+    return tl.where(u == w, 0.0, u - w)
+
+
+@triton.jit
+def softmax_parts(logits_ptr, stride_c, lanes, remaining, num_channels, TAIL: tl.constexpr):
+    """One sweep over the channels: the largest logit, its channel, and logsumexp of all others in two forms.
+
+    Returns (largest, winner, log_rest, rest): log_rest is the logsumexp of the channels but the winner, rest the sum of
+    their exp(x - largest). The winner's own term never enters, so nothing is lost by a difference.
+    """
+    largest = load_real(logits_ptr, lanes, remaining, TAIL)
+    winner = tl.zeros_like(lanes)
+    second = tl.zeros_like(largest) + float("-inf")
+    total = tl.zeros_like(largest)  # of exp(x - second)
+    for channel in range(1, num_channels):
+        logits_ptr += stride_c
+        x = load_real(logits_ptr, lanes, remaining, TAIL)
+        wins = x > largest  # False for NaN, which then joins the others and poisons their total
+        loser = tl.where(wins, largest, x)
+        top = tl.where(loser > second, loser, second)
+        total = total * tl.exp(difference(second, top)) + tl.exp(difference(loser, top))
+        second = top
+        largest = tl.where(wins, x, largest)
+        winner = tl.where(wins, channel, winner)
+    log_rest = second + tl.log(total)
+    rest = total * tl.exp(difference(second, largest))
+    return largest, winner, log_rest, rest
+
+
+@triton.jit
+def log_others(x, is_winner, largest, log_rest, rest):
+    """logsumexp of the channels other than that of x."""
+    return tl.where(is_winner, log_rest, largest + log1p(rest - tl.exp(difference(x, largest))))

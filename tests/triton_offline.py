@@ -1,0 +1,147 @@
+"""Compile the Triton kernels for real chips on a machine that has none, and read what came out.
+
+``python tests/triton_offline.py`` prints a table; ``--json`` prints the rows for the test. Runs in a process of its
+own, without TRITON_INTERPRET: kernels that were imported for the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from blobloss_fast.kernels import triton_segment_stats as module
+from blobloss_fast.kernels.layout import FEATURES
+
+ARCHITECTURES = (80, 90, 100)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+ALIGNED = 16  # what a pointer or a stride must be divisible by to count as aligned
+
+# name: logits dtype, features, activation, gamma, target dtype (None: no target)
+SPECIALISATIONS = {
+    "sigmoid dice fp32": ("fp32", ("prob",), "sigmoid", 0.0, None),
+    "sigmoid dice+bce fp32 target": ("fp32", ("prob", "nll_pos", "nll_neg"), "sigmoid", 0.0, "u8"),
+    "sigmoid dice+bce bf16": ("bf16", ("prob", "nll_pos", "nll_neg"), "sigmoid", 0.0, None),
+    "softmax dice+bce fp32": ("fp32", ("prob", "nll_pos", "nll_neg"), "softmax", 0.0, None),
+    "softmax all features fp32 target": ("fp32", FEATURES, "softmax", 2.0, "u8"),
+    "sigmoid all features fp32 target": ("fp32", FEATURES, "sigmoid", 2.0, "u8"),
+    "none all features fp32": ("fp32", FEATURES, "none", 2.0, None),
+    "sigmoid all features fp64 target": ("fp64", FEATURES, "sigmoid", 2.0, "u8"),
+    "sigmoid focal fp32": ("fp32", ("focal_pos", "focal_neg"), "sigmoid", 2.0, None),
+}
+
+
+def tool(name: str) -> str:
+    """A CUDA binary tool out of Triton's own wheel."""
+    for path in Path(triton.__file__).parent.rglob(name):
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(f"{name} is not in Triton's wheel")
+
+
+def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool):
+    """Compile as a launch on contiguous tensors would; ``aligned``: the number of voxels is divisible by 16."""
+    dtype, features, activation, gamma, target = SPECIALISATIONS[specialisation]
+    pointers = {
+        "logits_ptr": f"*{dtype}",
+        "cells_ptr": "*i32",
+        "target_ptr": f"*{target or 'i32'}",
+        "grad_ptr": f"*{dtype}",
+        "table_ptr": "*fp64",
+        "overflow_ptr": "*i32",
+        "grad_sums_ptr": "*fp64" if dtype == "fp64" else "*fp32",
+    }
+    constants = {
+        "CODES": module.feature_codes(features),
+        "NUM_FEATURES": len(features),
+        "ACTIVATION": activation,
+        "GAMMA": gamma,
+        "TARGET": "binary" if target else "none",
+        "CHANNEL0": "class",
+        "BLOCK": module.BLOCK[activation],
+    }
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = pointers.get(name, "i32")
+        divisible = name.endswith("_ptr") or (aligned and (name == "num_voxels" or "_stride_" in name))
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", ALIGNED]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {
+        "num_warps": module.NUM_WARPS[activation],
+        "maxnreg": module.MAX_REGISTERS[torch.float64 if dtype == "fp64" else torch.float32],
+        "enable_fp_fusion": False,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def inspect(compiled) -> dict[str, int]:
+    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
+        read = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    opcodes = Counter(INSTRUCTION.findall(read))
+    count = lambda pattern: sum(n for code, n in opcodes.items() if re.fullmatch(pattern, code))  # noqa: E731
+    if not opcodes["EXIT"]:
+        raise RuntimeError(f"cannot read the disassembly:\n{read[:2000]}")
+    return {
+        "registers": int(re.search(r"REG:(\d+)", read)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", read)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", read)[1]),
+        "spills": count(r"(STL|LDL)(\..*)?"),
+        "shared": compiled.metadata.shared,
+        "ldg128": count(r"LDG\..*\b128\b.*"),
+        "ldg": count(r"LDG(\..*)?"),
+        "stg128": count(r"STG\..*\b128\b.*"),
+        "stg": count(r"STG(\..*)?"),
+        "atomics": count(r"(ATOMG?|REDG?)(\..*)?"),
+        "instructions": sum(opcodes.values()),
+        "cvt_rn": len(re.findall(r"cvt\.rn\.(?:bf16|f16)", compiled.asm["ptx"])),
+    }
+
+
+def rows(architectures: tuple[int, ...], aligned: bool = True) -> list[dict]:
+    table = []
+    for kernel in (module.segment_stats_fwd_kernel, module.segment_stats_bwd_kernel):
+        for specialisation in SPECIALISATIONS:
+            for architecture in architectures:
+                found = inspect(compile_kernel(kernel, specialisation, architecture, aligned))
+                pass_name = kernel.fn.__name__.split("_")[2]
+                table.append({"pass": pass_name, "case": specialisation, "sm": architecture, **found})
+    return table
+
+
+def show(table: list[dict]) -> str:
+    columns = list(table[0])
+    cells = [columns, *([str(row[column]) for column in columns] for row in table)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument("--sm", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
+    parser.add_argument("--unaligned", action="store_true", help="a number of voxels that is not divisible by 16")
+    arguments = parser.parse_args()
+    table = rows(tuple(arguments.sm), aligned=not arguments.unaligned)
+    print(json.dumps({"triton": triton.__version__, "rows": table}) if arguments.json else show(table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
