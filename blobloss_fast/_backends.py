@@ -20,13 +20,14 @@ def backends() -> dict[str, str]:
         >>> backends()["cpu"]
         'reference (pure PyTorch)'
     """
-    if _ops.has_triton():
-        cuda = "triton"
-        if not torch.cuda.is_available():
-            cuda += ", but this PyTorch sees no CUDA or ROCm device"
-    else:
+    reference = "reference (pure PyTorch)"
+    if not _ops.has_triton():
         cuda = (
-            "reference (pure PyTorch): Triton is not installed; it comes with the CUDA and ROCm builds of PyTorch, "
-            'elsewhere: pip install "blobloss_fast[triton]"'
+            f"{reference}: Triton is not installed; it comes with the CUDA and ROCm builds of PyTorch for Linux, and "
+            "triton-windows has it for Windows"
         )
-    return {"cpu": "reference (pure PyTorch)", "cuda": cuda, "other": "reference (pure PyTorch)"}
+    elif not torch.cuda.is_available():
+        cuda = "triton, but this PyTorch sees no CUDA or ROCm device"
+    else:
+        cuda = "triton; instances of a bare mask are found on the CPU"
+    return {"cpu": reference, "cuda": cuda, "other": reference}

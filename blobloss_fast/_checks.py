@@ -13,7 +13,13 @@ from torch import Tensor
 from .kernels.layout import CONNECTIVITIES
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+_WIDER = {
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.int64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
 
 
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
@@ -26,10 +32,11 @@ def number(name: str, value: Any, *, minimum: float = -math.inf) -> float:
     """Require a finite real number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum:
+    real: Any = value
+    if not -math.inf < real < math.inf or real < minimum:  # math.isfinite cannot be traced
         bound = "" if minimum == -math.inf else f" and at least {minimum:g}"
         raise ValueError(f"{name} must be finite{bound}; got {value}")
-    return float(value)
+    return float(real)
 
 
 def flag(name: str, value: Any) -> None:
@@ -115,27 +122,32 @@ def integers(name: str, value: Tensor) -> Tensor:
         raise TypeError(
             "instances must hold integer ids; got bool: pass a binary mask as target, its instances are found for you"
         )
-    if value.dtype in _WIDER:
-        wide = value.to(_WIDER[value.dtype])
-        if value.dtype == torch.uint64 and wide.device.type == "cpu" and bool((wide < 0).any()):
-            raise ValueError(f"{name} must be below 2**63; got larger uint64 values: renumber them")
-        return wide
+    value = _widened(name, value)
     if value.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must hold integer ids; got {value.dtype}: call {name}.long()")
     return value
 
 
 def binary_or_classes(name: str, value: Tensor) -> Tensor:
-    """Require bool, integers or floating point; return it in a dtype that the kernels read."""
-    if value.dtype in _WIDER:
-        return value.to(_WIDER[value.dtype])
+    """Require bool, integers or floating point; return it in a dtype that holds every class exactly."""
     if value.dtype.is_complex:
         raise TypeError(f"{name} must be bool, integer or floating point; got {value.dtype}")
-    return value
+    return _widened(name, value)
+
+
+def _widened(name: str, value: Tensor) -> Tensor:
+    if value.dtype not in _WIDER:
+        return value
+    wide = value.to(_WIDER[value.dtype])
+    if value.dtype == torch.uint64 and wide.device.type == "cpu" and bool((wide < 0).any()):
+        raise ValueError(f"{name} must be below 2**63; got larger uint64 values: renumber them")
+    return wide
 
 
 def connectivity(value: Any, axes: int) -> None:
     """Require a neighbourhood that a volume with this number of spatial axes has."""
     names = CONNECTIVITIES[axes]
     if isinstance(value, bool) or not isinstance(value, Integral) or value not in names:
-        raise ValueError(f"connectivity must be {' or '.join(map(str, names))} in {axes}D; got {value!r}")
+        raise ValueError(
+            f"connectivity must be {' or '.join(map(str, names))} in {axes}D; got {value!r}: 26 means all neighbours"
+        )

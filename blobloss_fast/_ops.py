@@ -37,7 +37,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("connected_components(Tensor mask, int connectivity) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "label_target(Tensor target, int channels, bool class_map, bool softmax, int connectivity, float? ignore) -> Tensor"
+    "label_target(Tensor target, int channels, bool class_map, bool softmax, int connectivity, int? ignore) -> Tensor"
 )
 
 _ops = torch.ops.blobloss_fast

@@ -58,6 +58,9 @@ class Criterion:
         name = f"({self.name})" if " + " in self.name else self.name
         return Criterion(f"{factor:g} * {name}", rows, self.gamma, self.own_class)
 
+    def __truediv__(self, divisor: float) -> Criterion:
+        return self * (1 / _checks.number("the divisor of a criterion", divisor))
+
     def __radd__(self, other: object) -> Criterion:
         return self if other == 0 else NotImplemented  # the start of sum([...])
 
@@ -85,7 +88,7 @@ def dice(squared: bool = False, smooth_nr: float = 1e-5, smooth_dr: float = 1e-5
     Args:
         squared: square the probabilities in the denominator (V-Net; MONAI's ``squared_pred``).
         smooth_nr: added to the numerator, as in MONAI.
-        smooth_dr: added to the denominator.
+        smooth_dr: added to the denominator; with 0 the loss is NaN where both a prediction and its label are empty.
 
     Reference:
         Milletari et al. 2016, V-Net, arXiv 1606.04797.

@@ -19,14 +19,14 @@ from .kernels.layout import ACTIVATIONS, MASKINGS
 from .partition import Partition, partition
 
 REDUCTIONS = ("mean", "none", "sum")
-_DICE = dice()
-_MOST_INSTANCES = 2**24  # a table of 16 million instances takes half a gigabyte for each sum and class
+DICE = dice()
+_MOST_INSTANCES = 2**24  # 64 MiB for each sum, sample and class
 
 
 class Options(NamedTuple):
     """The options of blob loss, checked once; ``BlobLoss`` documents them."""
 
-    criterion: Criterion = _DICE
+    criterion: Criterion = DICE
     main_criterion: Criterion | None = None
     main_weight: float = 1.0
     blob_weight: float = 1.0
@@ -83,7 +83,7 @@ def blob_loss(
     target: Tensor | None = None,
     instances: Tensor | None = None,
     *,
-    criterion: Criterion = _DICE,
+    criterion: Criterion = DICE,
     main_criterion: Criterion | None = None,
     main_weight: float = 1.0,
     blob_weight: float = 1.0,
@@ -179,6 +179,8 @@ def compute(
             f"cross_entropy is not available for a softmax over three or more channels yet; got {logits.shape[1]} "
             "channels: use criteria.bce(), which is one-vs-rest"
         )
+    wants_main = reduction == "terms" or (reduction != "instances" and options.main_weight > 0)
+    wants_blob = reduction in ("terms", "instances") or options.blob_weight > 0
     labels = partition(
         logits,
         target,
@@ -188,9 +190,8 @@ def compute(
         connectivity=options.connectivity,
         ignore_index=options.ignore_index,
         max_instances=options.max_instances,
+        wants_blob=wants_blob,
     )
-    wants_main = reduction == "terms" or (reduction != "instances" and options.main_weight > 0)
-    wants_blob = reduction in ("terms", "instances") or options.blob_weight > 0
     loss, counts, _ = _ops.blob_loss(
         logits,
         labels.instances,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .criteria import Criterion, dice
-from .functional import Options, blob_loss_instances, blob_loss_terms, compute
-
-_DICE = dice()
+from .criteria import Criterion
+from .functional import DICE, Options, blob_loss_instances, blob_loss_terms, compute
 
 
 class BlobLoss(nn.Module):
@@ -36,7 +34,8 @@ class BlobLoss(nn.Module):
         main_weight: weight of the main term, at least 0. A term with weight 0 is not computed.
         blob_weight: weight of the blob term, at least 0.
         activation: "sigmoid", "softmax" (over C), or "none" for logits that are probabilities already.
-        include_background: give the softmax's background class a main term. No effect without a softmax.
+        include_background: give the softmax's background class a main term. No effect without a softmax. A one-hot
+            target is read channel by channel, each against the rest.
         masking: what the other instances are in an instance's term: "exclude" (they do not exist: the paper's domain),
             "zero_prob" (probability 0, still counted in a mean), "zero_logit" (logit 0: what the authors' code does
             where the criterion applies the sigmoid), "none" (they stay in, as background).
@@ -44,14 +43,15 @@ class BlobLoss(nn.Module):
             any dimension.
         reduction: "mean" (the formula above), "none" (``[B, C]``: main_weight * main + blob_weight * blob), "sum" (of
             that).
-        ignore_index: value of the target that is ignored by both terms. Ids below 0 are ignored as well.
+        ignore_index: value of the target that is ignored by both terms; without a target it has no effect, as
+            ``connectivity`` has none where ids are given. Ids below 0 are ignored as well.
         max_instances: the largest id allowed, which fixes the shape of the table. None reads it from the ids.
 
     Raises:
         TypeError: for an argument of the wrong kind or dtype.
         ValueError: for a wrong option, shape or value. Values of labels are checked on the CPU, where a check is cheap;
-            on a GPU an id beyond ``max_instances`` or a target outside {0, 1} makes the loss NaN and raises a
-            RuntimeError at the next call.
+            elsewhere an id beyond ``max_instances`` or a target outside {0, 1} makes the loss and its gradient NaN, and
+            the Triton backend raises a RuntimeError at the next call.
         RuntimeError: for tensors on different devices, or a second derivative.
 
     Synchronises:
@@ -74,9 +74,21 @@ class BlobLoss(nn.Module):
         1.7744
     """
 
+    criterion: Criterion
+    main_criterion: Criterion | None
+    main_weight: float
+    blob_weight: float
+    activation: str
+    include_background: bool
+    masking: str
+    connectivity: int
+    reduction: str
+    ignore_index: int | None
+    max_instances: int | None
+
     def __init__(
         self,
-        criterion: Criterion = _DICE,
+        criterion: Criterion = DICE,
         *,
         main_criterion: Criterion | None = None,
         main_weight: float = 1.0,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops
+from .kernels.labels import is_ignored
 
 
 class Partition(NamedTuple):
@@ -42,8 +43,13 @@ def partition(
     connectivity: int,
     ignore_index: int | None,
     max_instances: int | None,
+    wants_blob: bool,
 ) -> Partition:
-    """Validate the labels of a call and bring them into the form that the kernels read."""
+    """Validate the labels of a call and bring them into the form that the kernels read.
+
+    Args:
+        wants_blob: whether there is a blob term; without one, no instance is looked for in a target.
+    """
     channels = logits.shape[1]
     softmax = activation == "softmax"
     channel0 = "class" if not softmax else "background" if include_background else "unused"
@@ -57,16 +63,21 @@ def partition(
         instances = _checks.integers("instances", instances)
         if target is not None and ignore_index is not None:
             signed = instances.to(torch.int32) if instances.dtype == torch.uint8 else instances
-            instances = torch.where(target == float(ignore_index), -1, signed)
+            instances = torch.where(is_ignored(target, ignore_index), -1, signed)
         elif target is None and channel0 == "background":
-            target = _one_hot(instances, channels)
+            instances, target = _with_background_class(instances, channels)
     elif target is not None:
         _checks.connectivity(connectivity, logits.ndim - 2)
-        class_map = target.shape[1] < channels
-        ignore = None if ignore_index is None else float(ignore_index)
-        instances = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore)
-        if channel0 != "background":
-            target = None  # its components say the same
+        if wants_blob:
+            class_map = target.shape[1] < channels
+            instances = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore_index)
+            if channel0 != "background":
+                target = None  # its components say the same
+        else:
+            instances = torch.zeros_like(target, dtype=torch.int8)
+            if ignore_index is not None:
+                instances.masked_fill_(is_ignored(target, ignore_index), -1)
+            max_instances = 0
     else:
         raise ValueError("target or instances must be given; got neither: pass a binary target, instance ids, or both")
 
@@ -76,11 +87,18 @@ def partition(
     return Partition(instances, target, max_instances, channel0, original_ids)
 
 
-def _one_hot(instances: Tensor, channels: int) -> Tensor:
-    """Return the target of a softmax whose classes are where the ids are, class 0 being the rest."""
-    foreground = (instances > 0).expand(-1, channels, *instances.shape[2:]).clone()
-    foreground[:, 0] = ~foreground[:, 1:].any(1)
-    return foreground
+def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the ids and the target of a softmax whose classes are where the ids are, class 0 being the rest.
+
+    Where the ids of all other classes are ignored, nothing says that the rest is background: it is ignored as well.
+    """
+    instances = instances.expand(-1, channels, *instances.shape[2:]).clone()
+    others = instances[:, 1:]
+    foreground = instances > 0
+    foreground[:, 0] = ~(others > 0).any(1)
+    if instances.dtype != torch.uint8:
+        instances[:, 0].masked_fill_((others < 0).all(1), -1)
+    return instances, foreground
 
 
 def _largest_id(instances: Tensor, voxels: int) -> tuple[Tensor, int, Tensor | None]:

@@ -40,8 +40,8 @@ def segment_stats(
 
     Raises:
         TypeError: for an argument of the wrong kind or dtype.
-        ValueError: for a wrong shape or option, or (on the CPU) a cell that is not below ``num_cells``; on a GPU that
-            turns the sums NaN and raises a RuntimeError at the next call.
+        ValueError: for a wrong shape or option, or (on the CPU) a cell that is not below ``num_cells``; elsewhere it
+            turns the sums NaN, and the Triton backend raises a RuntimeError at the next call.
         RuntimeError: for tensors on different devices, or a second derivative.
 
     Synchronises:

@@ -157,6 +157,7 @@ def labels_of(
     elif background:  # background is where no class has an instance
         foreground = instances if instances.shape[1] == 1 else instances[:, 1:]
         truth = ~(foreground[b] > 0).any(0)
+        ignored |= (foreground[b] < 0).all(0)  # what is in no class for sure is not background either
     else:
         truth = ids > 0
 

@@ -365,3 +365,25 @@ def test_no_fp64_in_segment_stats(activation):
         segment_stats(logits, scene.instances, 5, FEATURES, activation)[1].sum().backward()
     assert watch.inside == 2
     assert len(watch.seen) > 20
+
+
+@pytest.mark.parametrize("criterion", [criteria.dice(), criteria.bce()], ids=str)
+@pytest.mark.parametrize("logit", [-6.1, -3.3, 0.2])
+@pytest.mark.parametrize(
+    ("shape", "columns"),
+    [((2048, 7), slice(1, 7)), ((42, 42, 14), slice(1, 7)), ((28, 28, 28), slice(8, 14)), ((56, 56, 56), slice(8, 14))],
+    ids=str,
+)
+def test_equal_logits_in_a_block_of_columns(shape, columns, logit, criterion):
+    """Equal terms are all rounded the same way, and a block of columns is what a strided sample would miss."""
+    logits = torch.full((1, 1, *shape), logit)
+    ids = torch.zeros(logits.shape, dtype=torch.int32)
+    ids[..., columns] = 1
+    p, y = logits.sigmoid(), (ids > 0).float()
+    if criterion == criteria.bce():
+        plain = torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
+    else:
+        plain = 1 - (2 * (p * y).sum() + 1e-5) / (p.sum() + y.sum() + 1e-5)
+    truth = blob_loss(logits.double(), instances=ids, criterion=criterion)
+    found = blob_loss(logits, instances=ids, criterion=criterion)
+    assert abs(found.double() - truth) <= 2 * abs(2 * plain.double() - truth) + 1e-6

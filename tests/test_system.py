@@ -90,6 +90,31 @@ def test_compile_fullgraph_equals_eager(labels):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_compile_follows_a_weight_schedule():
+    torch._dynamo.reset()
+    module = BlobLoss(max_instances=64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    logits, ids = volume()
+    for weight in (1.0, 0.5, 0.1, 0.0):
+        module.blob_weight = weight
+        for got, expected in zip(
+            loss_and_grad(compiled, logits, ids > 2), loss_and_grad(module, logits, ids > 2), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_compile_with_dynamic_shapes():
+    torch._dynamo.reset()
+    module = BlobLoss(criteria.dice() + criteria.bce(), max_instances=64)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed, size in enumerate([(9, 8, 7), (6, 5, 4), (3, 8, 5), (9, 8, 7)]):
+        logits, ids = volume(seed=seed, size=size)
+        for got, expected in zip(
+            loss_and_grad(compiled, logits, instances=ids), loss_and_grad(module, logits, instances=ids), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_compile_softmax_terms_and_instances():
     torch._dynamo.reset()
     logits, ids = volume(2)
@@ -181,6 +206,30 @@ def test_options_are_attributes_that_a_schedule_may_change():
     module.blob_weight = float("nan")
     with pytest.raises(ValueError, match="blob_weight must be finite"):
         module(logits, instances=ids)
+
+
+@pytest.mark.parametrize("criterion", [criteria.dice(), criteria.bce(), criteria.focal()], ids=repr)
+def test_invalid_labels_poison_loss_and_gradient_where_they_cannot_raise(monkeypatch, criterion):
+    """What a device does whose values the host must not read: a gradient scaler has to notice, too."""
+    monkeypatch.setattr(blobloss_fast.kernels.reference, "_check", lambda wrong, message: wrong.any())
+    logits, _ = volume()
+    ids = torch.zeros(logits.shape, dtype=torch.int64)
+    ids[0, 0, 0, 0, 0], ids[0, 0, 3, 3, 3], ids[1, 0, 0, 0, 0] = 1, 5, -1
+    value, grad = loss_and_grad(BlobLoss(criterion, max_instances=1), logits, instances=ids)
+    assert value.isnan() and grad[ids >= 0].isnan().all() and grad[ids < 0] == 0
+
+
+def test_without_a_blob_term_no_instance_is_looked_for(monkeypatch):
+    logits, ids = volume()
+    target = torch.where(ids > 2, 1, 0)
+    target[0, 0, 0] = 255
+    options = {"blob_weight": 0.0, "ignore_index": 255}
+    expected = loss_and_grad(blob_loss, logits, target, torch.zeros_like(ids), **options)
+    monkeypatch.setattr(blobloss_fast.kernels.labels.cc3d, "connected_components", None)
+    for got, want in zip(loss_and_grad(blob_loss, logits, target, **options), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="target"):
+        blob_loss(logits, target, blob_weight=0.0)  # 255 is neither 0 nor 1
 
 
 def test_no_grad_and_frozen_logits():

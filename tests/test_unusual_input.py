@@ -193,6 +193,42 @@ def test_memory_layouts():
     )
 
 
+@pytest.mark.parametrize("channels", [2, 3])
+def test_background_is_not_where_every_other_class_is_ignored(channels):
+    """Ids alone say nothing of the background there, whatever channel 0 of the ids holds."""
+    logits = torch.linspace(-2, 2, 6 * channels, dtype=torch.float64).view(1, channels, 6).requires_grad_()
+    ids = torch.zeros(1, channels, 6, dtype=torch.int64)
+    ids[:, 1:, 2] = -1
+    ids[:, 1, 4] = 1
+    loss = blob_loss(logits, instances=ids, activation="softmax", include_background=True)
+    (grad,) = torch.autograd.grad(loss, logits)
+    ids[:, 0, 2] = -1
+    same = blob_loss(logits, instances=ids, activation="softmax", include_background=True)
+    assert torch.equal(loss, same) and not grad[:, :, 2].any() and grad[:, :, 3].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_class_maps_of_many_classes(dtype):
+    logits = torch.randn(1, 260, 8, generator=torch.Generator().manual_seed(0))
+    class_map = torch.tensor([[[0, 1, 256, 256, 0, 0, 2, 0]]])
+    expected = result(logits, class_map, activation="softmax")
+    assert_equal_results(result(logits, class_map.to(dtype), activation="softmax"), expected)
+
+
+def test_an_ignore_index_is_compared_exactly():
+    target = torch.tensor([[[0, 1, 2**24 + 1]]])
+    with pytest.raises(ValueError, match="target"):
+        blob_loss(torch.zeros(1, 1, 3), target, ignore_index=2**24)
+    with pytest.raises(ValueError, match="target"):
+        blob_loss(torch.zeros(1, 1, 3), target, torch.zeros_like(target), ignore_index=2**24)
+
+
+def test_huge_unsigned_targets_do_not_wrap():
+    target = torch.tensor([[[0, 1, 2**64 - 1]]], dtype=torch.uint64)
+    with pytest.raises(ValueError, match="target must be below"):
+        blob_loss(torch.zeros(1, 1, 3), target, ignore_index=-1)
+
+
 def test_softmax_labels():
     """Two channels: one channel of ids or two, whatever the first of the two holds; a class map or one-hot."""
     two = LOGITS3[:, :2]

@@ -90,7 +90,9 @@ def finish_backward(
             (by_id[..., 1] if has_target else by_id[:, :, 1:, 0]).add_(d_main_pos[name])
         if name in d_main_neg:
             (by_id[..., 0] if has_target else by_id[:, :, :1, 0]).add_(d_main_neg[name])
-    return grad_sums.flatten(2, 3) if has_target else grad_sums[:, :, :, 0]
+    grad_sums = grad_sums.flatten(2, 3) if has_target else grad_sums[:, :, :, 0]
+    # Invalid labels have turned every sum NaN; a gradient scaler looks at gradients, and not every slope reads a sum.
+    return grad_sums.masked_fill_(sums.isnan().all(), math.nan) if sums.numel() else grad_sums
 
 
 def blob_counts(counts: Tensor, has_target: bool) -> Tensor:

@@ -39,8 +39,16 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     return torch.from_numpy(labels).to(mask.device), torch.from_numpy(counts).to(mask.device)
 
 
+def is_ignored(target: Tensor, ignore: int) -> Tensor:
+    """Where the target has its ignored value, which its dtype need not be able to hold."""
+    if target.is_floating_point() or target.dtype == torch.bool:
+        return target == float(ignore)
+    bounds = torch.iinfo(target.dtype)
+    return target == ignore if bounds.min <= ignore <= bounds.max else torch.zeros_like(target, dtype=torch.bool)
+
+
 def label_target(
-    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: float | None
+    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
 ) -> Tensor:
     """Find the instances of a target: int32 ids, -1 where the target is ignored.
 
@@ -53,7 +61,7 @@ def label_target(
     Returns:
         ``[B, C, *spatial]``; ``[B, 1, *spatial]`` for the only foreground class of a two-channel softmax.
     """
-    ignored = None if ignore is None else target == ignore
+    ignored = None if ignore is None else is_ignored(target, ignore)
     shape = [1, channels] + [1] * (target.ndim - 2)
     classes = torch.arange(channels, device=target.device).view(shape)
     hot = target == classes if class_map else target == 1

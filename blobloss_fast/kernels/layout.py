@@ -25,8 +25,8 @@ ROW_SIZE = ROW_HEAD + 2 * len(COLUMNS)
 
 # What every backend says about values that only a pass over the volume can find.
 TOO_LARGE = (
-    "instances (or cells) hold a value beyond the capacity: pass a larger max_instances (num_cells for segment_stats), "
-    "or max_instances=None to read the largest id"
+    "instances (given or found in the target; or cells) hold a value beyond the capacity: pass a larger max_instances "
+    "(num_cells for segment_stats), or max_instances=None to read the largest id"
 )
 NOT_BINARY = (
     "target (or mask) must be 0 or 1 wherever it is not ignored: threshold it (target > 0.5), or name its ignored "

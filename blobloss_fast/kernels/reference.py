@@ -54,15 +54,15 @@ def segment_stats_forward(
     if activation == "none":
         invalid = invalid | _check(((z < 0) | (z > 1)) & (slot >= first), NOT_A_PROBABILITY)
 
-    levels = _levels(slot, first + num_cells)
-
-    def total(entries: Tensor) -> Tensor:
+    line_counts = _add_up(slot, slot.new_ones(1, dtype=torch.int32), first + num_cells)
+    levels = _levels(slot, line_counts)
+    sums = []
+    for name in features:
+        entries = _feature(name, z, activation, gamma)
         for part, num_parts in levels:
             entries = _add_up(part, entries, num_parts)
-        return entries[..., first:].sum(2)
-
-    counts = total(slot.new_ones(1, dtype=torch.int32))
-    sums = [total(_feature(name, z, activation, gamma)) for name in features]
+        sums.append(entries[..., first:].sum(2))
+    counts = line_counts[..., first:].sum(2)
     table = torch.stack(sums, -1) if sums else z.new_empty(*counts.shape, 0)
     table.masked_fill_(invalid, float("nan"))
     unused = logits.shape[1] - counts.shape[1]
@@ -145,7 +145,7 @@ def _slots(
     slot = cells.expand(-1, channels, -1)[:, unused:].to(torch.int64, copy=True)
     if channel0 == "background":
         slot[:, 0].clamp_(max=0)
-    if first or not on_host:
+    if first:
         slot.clamp_(-1, capacity - 1)
     if target is not None:
         t = _flatten(target)
@@ -200,22 +200,21 @@ def _add_up(slot: Tensor, values: Tensor, num_slots: int) -> Tensor:
     return values.new_zeros(*slot.shape[:3], num_slots).scatter_add_(3, slot, values.expand(slot.shape))
 
 
-def _levels(slot: Tensor, num_slots: int) -> list[tuple[Tensor, int]]:
+def _levels(slot: Tensor, counts: Tensor) -> list[tuple[Tensor, int]]:
     """Plan the sum of a line as a tree, in which no sum has more than about ``_PART_SIZE`` terms.
 
     On every level a slot with many entries is split into parts, a power of two, over which a hash of the position
-    spreads the entries; the parts are the entries of the next level. How many voxels a slot has is estimated from every
-    seventh of them: counting them all would cost as much as the sum.
+    spreads the entries; the parts are the entries of the next level.
 
     Args:
         slot: of every voxel, ``[B, C, rows, row length]``.
+        counts: of every slot in its row, ``[B, C, rows, slots]``.
 
     Returns:
         For each level, from the voxels to the slots: the sum that an entry goes into, and the number of sums.
     """
     levels = []
-    most = slot.shape[3]
-    counts = 7 * _add_up(slot[..., ::7], slot.new_ones(1, dtype=torch.int32), num_slots)
+    num_slots, most = counts.shape[3], slot.shape[3]
     while most > _PART_SIZE:
         length = slot.shape[3]
         last_part = (counts - 1).clamp_(min=0).div_(_PART_SIZE, rounding_mode="floor")
@@ -226,7 +225,7 @@ def _levels(slot: Tensor, num_slots: int) -> list[tuple[Tensor, int]]:
         first_part = (last_part + 1).cumsum(3) - last_part - 1
         hashed = (torch.arange(length, device=slot.device) * 0x9E3779B1) >> 13
         part = last_part.to(torch.int64).gather(3, slot).bitwise_and_(hashed).add_(first_part.gather(3, slot))
-        num_parts = num_slots + 2 * (length + 7) // _PART_SIZE
+        num_parts = num_slots + 2 * length // _PART_SIZE
         levels.append((part, num_parts))
         slot = part.new_zeros(*part.shape[:3], num_parts).scatter_(3, first_part, 1).cumsum(3) - 1
         counts, most = last_part + 1, 2 * most // _PART_SIZE
