@@ -363,3 +363,16 @@ def test_wrong_labels_are_refused(backend):
     odd = binary.clone()
     odd[..., -1] = 9
     assert torch.equal(table(ids, odd, 6)[0], table(ids, binary, 6)[0])
+
+
+@pytest.mark.parametrize("channel0", ["class", "background", "unused"])
+@pytest.mark.parametrize("labels", ["ids", "binary", "classes"])
+@pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
+def test_reference_where_reading_a_value_would_be_a_wait(monkeypatch, activation, labels, channel0):
+    """On another device than the CPU every voxel is listed, since counting the foreground would synchronise."""
+    reference = import_module("blobloss_fast.kernels.reference")
+    monkeypatch.setattr(reference, "_on_host", lambda tensor: False)
+    for scene in scenes.telling_scenes(activation):
+        ids, target, num_cells = kernel_scene(scene, labels)
+        arguments = (scene.logits, ids, target, num_cells, FEATURES, activation, 2.0, channel0)
+        check(run(reference, *arguments), truth(*arguments), scene.name)

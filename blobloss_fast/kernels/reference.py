@@ -1,10 +1,11 @@
 """The table of sums in plain PyTorch: the fallback on every device and the truth for every other backend.
 
-O(voxels) time whatever the number of cells. The volume is cut into rows of a few thousand voxels, each row adds into
-its own line of a small table, and the lines are summed at the end, which lets PyTorch work on the rows in parallel.
-Within a line a large cell is summed as a tree: a running sum in fp32 is off by 3e-5 after 4,096 equal terms, because
-equal terms are all rounded the same way, and by 2e-7 after 32. No fp64 is used for fp32 input, since not every device
-has it.
+O(voxels) time whatever the number of cells. Cell 0, the background, owns nearly all voxels: it is summed densely. Only
+the voxels of other cells are listed and scattered into the table. The list is cut into rows of a few
+thousand voxels, each row adds into its own line of a small table, and the lines are summed at the end, which lets
+PyTorch work on the rows in parallel. Within a line a large cell is summed as a tree: a running sum in fp32 is off by
+3e-5 after 4,096 equal terms, because equal terms are all rounded the same way, and by 2e-7 after 32. No fp64 is used
+for fp32 input, since not every device has it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE
 
-_ROW_VOXELS = 4096
+_ROW_ENTRIES = 4096
 _PART_SIZE = 32
 _LOG_FLOOR = -100.0  # of a probability, as in torch.nn.BCELoss
 _SLOPE_FLOOR = 1e-12  # of p (1 - p), likewise
@@ -48,25 +49,35 @@ def segment_stats_forward(
     Returns:
         counts int64 ``[B, C, K]`` and sums ``[B, C, K, F]`` in the compute dtype.
     """
-    x = _flatten(logits).to(compute_dtype(logits.dtype))
-    slot, first, invalid = _slots(cells, target, num_cells, logits.shape[1], channel0)
-    z = _in_rows(_pre_activation(x, activation, channel0), num_cells, 0.5)
+    z = _pre_activation(_flatten(logits), activation, channel0)
+    batch, channels, voxels = z.shape
+    listed, index, slot, invalid = _list(cells, target, num_cells, logits.shape[1], channel0)
     if activation == "none":
-        invalid = invalid | _check(((z < 0) | (z > 1)) & (slot >= first), NOT_A_PROBABILITY)
-
-    line_counts = _add_up(slot, slot.new_ones(1, dtype=torch.int32), first + num_cells)
+        valid = _flatten(cells)[:, -channels:] >= 0
+        invalid = invalid | _check(((z < 0) | (z > 1)) & valid, NOT_A_PROBABILITY)
+    num_slots = 1 + batch * channels * num_cells
+    slot = _in_rows(slot, num_slots, 0)
+    line_counts = _add_up(slot, slot.new_ones(1, dtype=torch.int32), num_slots)
     levels = _levels(slot, line_counts)
+
+    def by_cell(lines: Tensor) -> Tensor:
+        return lines[:, 1:].sum(0).view(batch, channels, num_cells)
+
+    counts = by_cell(line_counts)
+    counts[:, :, 0] += voxels - listed.sum(2)
     sums = []
     for name in features:
-        entries = _feature(name, z, activation, gamma)
+        feature = _feature(name, z, activation, gamma)
+        entries = _in_rows(feature.flatten()[index], num_slots, 0.0)
         for part, num_parts in levels:
             entries = _add_up(part, entries, num_parts)
-        sums.append(entries[..., first:].sum(2))
-    counts = line_counts[..., first:].sum(2)
+        total = by_cell(entries)
+        total[:, :, 0] += feature.masked_fill_(listed, 0.0).sum(2)
+        sums.append(total)
     table = torch.stack(sums, -1) if sums else z.new_empty(*counts.shape, 0)
     table.masked_fill_(invalid, float("nan"))
-    unused = logits.shape[1] - counts.shape[1]
-    return _with_unused(counts, unused, 0), _with_unused(table, unused, 0.0)
+    unused = logits.shape[1] - channels
+    return _with_unused(counts, unused), _with_unused(table, unused)
 
 
 def segment_stats_backward(
@@ -88,25 +99,31 @@ def segment_stats_backward(
         ``[B, C, *spatial]``, contiguous, in the dtype of the logits; exactly 0 where a voxel is ignored.
     """
     num_cells = grad_sums.shape[2]
-    x = _flatten(logits).to(compute_dtype(logits.dtype))
-    slot, first, _ = _slots(cells, target, num_cells, logits.shape[1], channel0, check=False)
-    z = _in_rows(_pre_activation(x, activation, channel0), num_cells, 0.5)
-
+    x = _flatten(logits)
+    z = _pre_activation(x, activation, channel0)
     unused = x.shape[1] - z.shape[1]
-    coefficients = F.pad(grad_sums[:, unused:], (0, 0, first, 0)).unsqueeze(2)  # 0 for what is ignored
-    grad = None
+    _, index, slot, _ = _list(cells, target, num_cells, x.shape[1], channel0, check=False)
+    grad_sums = grad_sums[:, unused:]
+    of_slots = F.pad(grad_sums.flatten(0, 2), (0, 0, 1, 0))  # 0 for what is ignored
+
+    grad: Tensor | None = None
+    grad_listed = of_slots.new_zeros(())
     for j, slope in enumerate(_slopes(features, z, activation, gamma)):
-        coefficient = coefficients[..., j].expand(-1, -1, slot.shape[2], -1).gather(3, slot)
-        grad = coefficient.mul_(slope) if grad is None else grad.addcmul_(coefficient, slope)
+        grad_listed = grad_listed + of_slots[:, j][slot] * slope.flatten()[index]
+        slope.mul_(grad_sums[:, :, :1, j])
+        grad = slope if grad is None else grad.add_(slope)
     if grad is None:
-        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    grad = _with_unused(grad.flatten(2)[..., : x.shape[2]], unused, 0.0)
+        return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad.view(-1)[index] = grad_listed
+    grad = _with_unused(grad, unused)
     if activation == "softmax":
-        grad = _softmax_backward(x, grad)
-    if first:  # a NaN that is ignored must not reach the gradient
-        ignored = _with_unused((slot == 0).flatten(2)[..., : x.shape[2]], unused, True)
-        grad.masked_fill_(ignored.all(1, keepdim=True) if activation == "softmax" else ignored, 0.0)
-    return grad.reshape(logits.shape).to(logits.dtype).contiguous()
+        grad = _softmax_backward(x.to(grad.dtype), grad)
+    if not _on_host(slot) or bool((slot == 0).any()):  # a NaN that is ignored must not reach the gradient
+        ignored = _flatten(cells) < 0
+        if activation == "softmax":
+            ignored = ignored[:, min(unused, ignored.shape[1] - 1) :].all(1, keepdim=True)
+        grad.masked_fill_(ignored, 0.0)
+    return grad.reshape(logits.shape).to(logits.dtype)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -117,87 +134,100 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # ---------------------------------------------------------------- cells
 
 
+def _on_host(tensor: Tensor) -> bool:
+    """Whether a value may be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def _check(wrong: Tensor, message: str) -> Tensor:
     """Raise on the CPU if anything is wrong; elsewhere return the answer, to poison the table unseen by the host."""
     found = wrong.any()
-    if found.device.type == "cpu" and bool(found):
+    if _on_host(found) and bool(found):
         raise ValueError(message)
     return found
 
 
-def _slots(
+def _list(
     cells: Tensor, target: Tensor | None, num_cells: int, channels: int, channel0: str, check: bool = True
-) -> tuple[Tensor, int, Tensor]:
-    """Compose the cell of every voxel, as its slot in a line of the table.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """List the voxels that lie in another cell than 0; all of them where counting them would be a wait.
+
+    Channel 0 is left out if it is unused.
 
     Returns:
-        The slots, int64, in rows (without channel 0 if that is unused); the slot of cell 0, which is 1 where slot 0 is
-        for ignored voxels and padding, or 0 where it is known that there are none; and whether any label was invalid.
+        Whether a voxel is listed, ``[B, C, V]``; the place of each in the flattened volume, ``[L]``; its slot in a line
+        of the table, int64 ``[L]``: 0 for what is ignored, then the cells of all samples and channels in their order;
+        and whether any label was invalid.
     """
     unused = int(channel0 == "unused")
-    on_host = cells.device.type == "cpu"
-    capacity = num_cells if target is None else num_cells // 2
-    cells = _flatten(cells)
-    instances = cells[:, min(1, cells.shape[1] - 1) :] if channel0 != "class" else cells
-    rows, length = _row_shape(cells.shape[2], num_cells)
-    first = int(not on_host or rows * length != cells.shape[2] or bool(cells.amin() < 0))
-    invalid = _check(instances.amax() >= capacity, TOO_LARGE) if check else cells.new_zeros((), dtype=torch.bool)
-    slot = cells.expand(-1, channels, -1)[:, unused:].to(torch.int64, copy=True)
+    ids = _flatten(cells).expand(-1, channels, -1)[:, unused:]
+    channels, voxels = ids.shape[1:]
+    listed = ids != 0
     if channel0 == "background":
-        slot[:, 0].clamp_(max=0)
-    if first:
-        slot.clamp_(-1, capacity - 1)
+        listed[:, 0] = ids[:, 0] < 0
+    invalid = torch.zeros((), dtype=torch.bool, device=ids.device)
+    label = one_hot = None
     if target is not None:
-        t = _flatten(target)
-        if t.shape[1] < channels:
-            one_hot = t == torch.arange(channels, device=t.device).view(1, -1, 1)
-            wrong = ~one_hot.any(1, keepdim=True)
-            message = NOT_A_CLASS
+        label = _flatten(target)
+        if label.shape[1] == 1 and channels + unused > 1:
+            one_hot = label == torch.arange(channels + unused, device=label.device).view(1, -1, 1)
+            if check:
+                unknown = ~one_hot.any(1, keepdim=True) & (ids >= 0)
+                invalid = _check(unknown, NOT_A_CLASS)
+            label = None  # checked
         else:
-            one_hot = t != 0
-            wrong = one_hot & (t != 1)
-            message = NOT_BINARY
-        if check and t.dtype != torch.bool:
-            invalid = invalid | _check(wrong[:, unused * (wrong.shape[1] > 1) :] & (slot >= 0), message)
-        slot.mul_(2).add_(one_hot[:, unused:])
-        if first:
-            slot.clamp_(min=-1)
-    if first:
-        slot.add_(1)
-    return _in_rows(slot, num_cells, 0), first, invalid
+            one_hot = label != 0
+            label = label[:, unused:]
+        one_hot = one_hot[:, unused:]
+        listed = listed | one_hot
+    if _on_host(listed):
+        index = listed.flatten().nonzero().squeeze(1)
+    else:
+        listed = torch.ones_like(listed)
+        index = torch.arange(listed.numel(), device=listed.device)
+
+    def at(volume: Tensor) -> Tensor:
+        return volume.flatten()[index]
+
+    cell = at(ids).to(torch.int64)
+    row = index // voxels  # sample and channel
+    if channel0 == "background":
+        cell = torch.where(row % channels == 0, cell.clamp_max(0), cell)
+    capacity = num_cells
+    if one_hot is not None:
+        capacity //= 2
+        bit = at(one_hot)
+        if check and label is not None and label.dtype != torch.bool:
+            invalid = _check(bit & (at(label) != 1) & (cell >= 0), NOT_BINARY)
+    if check:
+        invalid = invalid | _check(cell >= capacity, TOO_LARGE)
+    cell.clamp_(-1, capacity - 1)
+    slot = 1 + row * num_cells + (cell if one_hot is None else 2 * cell + bit)
+    return listed, index, slot.masked_fill_(cell < 0, 0), invalid
 
 
 def _flatten(volume: Tensor) -> Tensor:
     return volume.reshape(volume.shape[0], volume.shape[1], -1)
 
 
-def _with_unused(tensor: Tensor, unused: int, fill: float) -> Tensor:
-    """Put back the channel that was left out, filled with a constant."""
-    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (unused, 0), value=fill) if unused else tensor
+def _with_unused(tensor: Tensor, unused: int) -> Tensor:
+    """Put back the channel that was left out, filled with 0."""
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (unused, 0)) if unused else tensor
 
 
-def _row_shape(voxels: int, num_cells: int) -> tuple[int, int]:
-    """Return the number of rows that a volume is cut into and their length.
+def _in_rows(entries: Tensor, num_slots: int, fill: float) -> Tensor:
+    """Cut ``[L]`` into ``[rows, row length]``, the last row padded with ``fill``.
 
-    Rows hold many times as many voxels as there are cells, so that the table of lines stays small beside the volume. A
-    power of two divides the usual volumes; others are padded.
+    Rows hold many times as many entries as there are slots, so that the table of lines stays small beside the list.
     """
-    most_rows = max(1, voxels // max(_ROW_VOXELS, 32 * num_cells))
-    rows = 1 << (most_rows.bit_length() - 1)
-    return rows, -(-voxels // rows)
-
-
-def _in_rows(volume: Tensor, num_cells: int, fill: float) -> Tensor:
-    """Cut ``[B, C, V]`` into ``[B, C, rows, row length]``, the last row padded with ``fill``."""
-    rows, length = _row_shape(volume.shape[2], num_cells)
-    if rows * length != volume.shape[2]:
-        volume = F.pad(volume, (0, rows * length - volume.shape[2]), value=fill)
-    return volume.unflatten(2, (rows, length))
+    rows = max(1, len(entries) // max(_ROW_ENTRIES, 16 * num_slots))
+    length = -(-len(entries) // rows)
+    return F.pad(entries, (0, rows * length - len(entries)), value=fill).view(rows, length)
 
 
 def _add_up(slot: Tensor, values: Tensor, num_slots: int) -> Tensor:
-    """Sum the values of every row by slot: ``[B, C, rows, num_slots]``."""
-    return values.new_zeros(*slot.shape[:3], num_slots).scatter_add_(3, slot, values.expand(slot.shape))
+    """Sum the values of every row by slot: ``[rows, num_slots]``."""
+    return values.new_zeros(slot.shape[0], num_slots).scatter_add_(1, slot, values.expand(slot.shape))
 
 
 def _levels(slot: Tensor, counts: Tensor) -> list[tuple[Tensor, int]]:
@@ -207,27 +237,27 @@ def _levels(slot: Tensor, counts: Tensor) -> list[tuple[Tensor, int]]:
     spreads the entries; the parts are the entries of the next level.
 
     Args:
-        slot: of every voxel, ``[B, C, rows, row length]``.
-        counts: of every slot in its row, ``[B, C, rows, slots]``.
+        slot: of every entry, ``[rows, row length]``.
+        counts: of every slot in its row, ``[rows, slots]``.
 
     Returns:
-        For each level, from the voxels to the slots: the sum that an entry goes into, and the number of sums.
+        For each level, from the entries to the slots: the sum that an entry goes into, and the number of sums.
     """
     levels = []
-    num_slots, most = counts.shape[3], slot.shape[3]
+    num_slots, most = counts.shape[1], slot.shape[1]
     while most > _PART_SIZE:
-        length = slot.shape[3]
+        length = slot.shape[1]
         last_part = (counts - 1).clamp_(min=0).div_(_PART_SIZE, rounding_mode="floor")
         shift = 1
         while shift < (most // _PART_SIZE).bit_length():  # fill up to a power of two less one, to "and" a hash with
             last_part |= last_part >> shift
             shift *= 2
-        first_part = (last_part + 1).cumsum(3) - last_part - 1
+        first_part = (last_part + 1).cumsum(1) - last_part - 1
         hashed = (torch.arange(length, device=slot.device) * 0x9E3779B1) >> 13
-        part = last_part.to(torch.int64).gather(3, slot).bitwise_and_(hashed).add_(first_part.gather(3, slot))
+        part = last_part.to(torch.int64).gather(1, slot).bitwise_and_(hashed).add_(first_part.gather(1, slot))
         num_parts = num_slots + 2 * length // _PART_SIZE
         levels.append((part, num_parts))
-        slot = part.new_zeros(*part.shape[:3], num_parts).scatter_(3, first_part, 1).cumsum(3) - 1
+        slot = part.new_zeros(part.shape[0], num_parts).scatter_(1, first_part, 1).cumsum(1) - 1
         counts, most = last_part + 1, 2 * most // _PART_SIZE
     return [*levels, (slot, num_slots)]
 
@@ -255,10 +285,11 @@ def _focus(z: Tensor, side: str, activation: str, gamma: float) -> Tensor:
 
 
 def _feature(name: str, z: Tensor, activation: str, gamma: float) -> Tensor:
+    """Return a feature as a tensor of its own, which the caller may overwrite."""
     kind, _, side = name.partition("_")
     if kind == "prob":
         p = _prob(z, activation)
-        return p * p if side == "sq" else p
+        return p * p if side == "sq" else p.clone() if activation == "none" else p
     nll = _nll(z, side, activation)
     return _focus(z, side, activation, gamma) * nll if kind == "focal" else nll
 
@@ -296,11 +327,10 @@ def _pre_activation(x: Tensor, activation: str, channel0: str) -> Tensor:
     Without channel 0 if that is unused.
     """
     unused = int(channel0 == "unused")
-    if activation != "softmax":
-        return x[:, unused:]
-    if x.shape[1] == 2:
-        return x[:, unused:] - x.flip(1)[:, unused:]
-    return (x - _log_others(x)[0])[:, unused:]
+    x = x.to(compute_dtype(x.dtype))
+    if activation == "softmax":
+        x = x - (x.flip(1) if x.shape[1] == 2 else _log_others(x)[0])
+    return x[:, unused:].contiguous()
 
 
 def _difference(u: Tensor, w: Tensor) -> Tensor:
