@@ -16,11 +16,9 @@ import pytest
 
 from bench.workloads import (
     CONTESTANTS,
-    REAL_NAMES,
     Workload,
     check_agreement,
     real,
-    real_is_present,
     synthetic,
     why_not,
 )
@@ -35,8 +33,8 @@ def synthetic_once(size: int, num_instances: int) -> Workload:
 
 
 @lru_cache(maxsize=1)
-def real_once(name: str) -> Workload:
-    return real(name)
+def real_once() -> Workload:
+    return real()
 
 
 def measure(benchmark: Any, key: str, workload: Workload) -> None:
@@ -58,8 +56,5 @@ def test_synthetic(benchmark: Any, size: str, num_instances: int, key: str) -> N
 
 
 @pytest.mark.parametrize("key", CONTESTANTS)
-@pytest.mark.parametrize("name", REAL_NAMES)
-def test_real(benchmark: Any, name: str, key: str) -> None:
-    if not real_is_present():
-        pytest.skip("the real masks do not lie beside the checkout (../shared/data)")
-    measure(benchmark, key, real_once(name))
+def test_real(benchmark: Any, key: str) -> None:
+    measure(benchmark, key, real_once())

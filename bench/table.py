@@ -24,11 +24,9 @@ from tqdm import tqdm
 
 from bench.workloads import (
     CONTESTANTS,
-    REAL_NAMES,
     Workload,
     check_agreement,
     real,
-    real_is_present,
     synthetic,
     why_not,
 )
@@ -155,7 +153,7 @@ def run(
         lambda size=size, n=n: synthetic(size, n) for size in sizes for n in instances
     ]
     if with_real:
-        builders += [lambda name=name: real(name) for name in REAL_NAMES]
+        builders.append(real)
     with tqdm(total=len(builders) * len(CONTESTANTS) * rounds, unit="step") as bar:
         workloads = [measure(build(), rounds, loop_rounds, bar) for build in builders]
         bar.set_postfix_str(f"{max(sizes)}^3, {many:,} balls against one")
@@ -230,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--many", type=int, default=10_000, metavar="N", help="balls of the scaling ratio")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds of all but the loop")
     parser.add_argument("--loop-rounds", type=int, default=3, metavar="N", help="rounds of the loop")
-    parser.add_argument("--no-real", action="store_true", help="leave the real lesion masks out")
+    parser.add_argument("--no-real", action="store_true", help="leave the real lesions out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu.json", metavar="FILE")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="file with the markers")
     parser.add_argument("--no-readme", action="store_true", help="print the table only")
@@ -245,16 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.render:
         results = json.loads(options.out.read_text(encoding="utf-8"))
     else:
-        with_real = not options.no_real and real_is_present()
-        if not options.no_real and not with_real:
-            print("The real lesion masks do not lie beside the checkout (../shared/data): left out.")
         results = run(
             options.sizes,
             options.instances,
             many=options.many,
             rounds=options.rounds,
             loop_rounds=options.loop_rounds,
-            with_real=with_real,
+            with_real=not options.no_real,
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

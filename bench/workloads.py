@@ -7,21 +7,19 @@ Dice alone. All are checked against the same formula in double precision before 
 
 from __future__ import annotations
 
+import importlib.resources
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blobloss_fast import BlobLoss
+from blobloss_fast import BlobLoss, connected_components
 
 SMOOTH = 1e-5
-REAL_NAMES = ("p07", "p19", "p26")
-REAL_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Until backward the loop keeps a mask (1 byte a voxel) and a label (4 bytes) of every instance. Where that is more than
 # this limit the loop is not run, and nothing is extrapolated.
@@ -96,17 +94,17 @@ def synthetic(size: int, num_instances: int, *, seed: int = 0) -> Workload:
     return Workload(f"{size}^3, {num_instances:,} balls", logits_for(instances, seed=seed), instances, num_instances)
 
 
-def real_is_present(folder: Path = REAL_FOLDER) -> bool:
-    return all((folder / f"oms_mni_{name}.npz").is_file() for name in REAL_NAMES)
-
-
-def real(name: str, folder: Path = REAL_FOLDER) -> Workload:
-    """One patient of the Ljubljana MS data (CC-BY); the files are not shipped and may be absent."""
-    with np.load(folder / f"oms_mni_{name}.npz") as arrays:
-        instances = torch.from_numpy(arrays["instances"].astype(np.int32))[None, None]
+def real() -> Workload:
+    """The multiple sclerosis lesions that come with the package (CC-BY; see blobloss_fast/data/README.md)."""
+    with (
+        (importlib.resources.files("blobloss_fast") / "data" / "ms_lesions.npz").open("rb") as file,
+        np.load(file) as arrays,
+    ):
+        mask = torch.from_numpy(arrays["label"])[None, None]
+    instances, counts = connected_components(mask)
     shape = "x".join(str(n) for n in instances.shape[2:])
-    count = int(instances.max())
-    return Workload(f"patient {name}, {shape}, {count} lesions", logits_for(instances), instances, count)
+    count = int(counts)
+    return Workload(f"real lesions, {shape}, {count} lesions", logits_for(instances), instances, count)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses

@@ -94,11 +94,10 @@ def test_loop_is_left_out_where_its_graph_does_not_fit() -> None:
     assert workloads.why_not("loop", dataclasses.replace(large, num_instances=50)) is None
 
 
-@pytest.mark.skipif(not workloads.real_is_present(), reason="the real masks do not lie beside the checkout")
-def test_real_masks() -> None:
-    volume = workloads.real("p26")
-    assert volume.num_instances == 19
-    assert volume.instances.unique().tolist() == list(range(20))
+def test_real_lesions() -> None:
+    volume = workloads.real()
+    assert volume.num_instances == 43
+    assert volume.instances.unique().tolist() == list(range(44))
     assert max(workloads.check_agreement(volume, ["ours", "dice"]).values()) <= 1e-5
 
 
