@@ -5,6 +5,9 @@ Every criterion compares a prediction with a binary label on a domain, and needs
 and the negative side the background; for the main term they are the target and its complement. A criterion is a ratio
 of two affine forms in those sums, so a new overlap loss is one function here: its numerator and its denominator.
 
+Every function returns a :class:`Criterion`, raises TypeError for an argument that is no number and ValueError for one
+out of range, and touches no tensor. What an empty domain, masked and ignored voxels mean is said in :class:`BlobLoss`.
+
 Example:
     >>> from blobloss_fast import criteria
     >>> criteria.dice() + 0.5 * criteria.bce()
@@ -143,7 +146,10 @@ def tversky(alpha: float = 0.5, beta: float = 0.5, smooth_nr: float = 1e-5, smoo
 
 
 def bce() -> Criterion:
-    """Binary cross-entropy, the mean of -log p over positive and -log(1 - p) over negative voxels; one-vs-rest."""
+    """Binary cross-entropy, the mean of -log p over positive and -log(1 - p) over negative voxels; one-vs-rest.
+
+    With ``activation="none"`` the logarithms are clamped at -100, as in ``torch.nn.BCELoss``.
+    """
     return _mean("bce()", {("pos", "nll_pos"): 1.0, ("neg", "nll_neg"): 1.0})
 
 

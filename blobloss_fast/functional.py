@@ -99,8 +99,7 @@ def blob_loss(
 
     .. math:: L = w_m L(p, y) + w_b \frac{1}{N} \sum_k L(p|_{\Omega_k}, y_k), \quad \Omega_k = B \cup \text{blob}_k
 
-    The options are those of :class:`BlobLoss`, where they are explained with the empty cases, errors and
-    synchronisation.
+    The options are those of :class:`BlobLoss`, where they are explained with the empty cases.
 
     Args:
         logits: ``[B, C, *spatial]``, float16, bfloat16, float32 or float64; one to three spatial axes.
@@ -109,6 +108,15 @@ def blob_loss(
 
     Returns:
         A scalar, or ``[B, C]`` with ``reduction="none"``; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
+
+    Synchronises:
+        As :class:`BlobLoss`: never with ``instances`` and ``max_instances`` given.
+
+    Reference:
+        Kofler et al. 2022, arXiv 2205.08209, eq. 1.
 
     Example:
         >>> import torch
@@ -139,6 +147,21 @@ def blob_loss_terms(
 
     Returns:
         Two scalars. The blob term is a 0 that is connected to the graph where no sample has an instance.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
+
+    Synchronises:
+        As :class:`BlobLoss`: never with ``instances`` and ``max_instances`` given.
+
+    Reference:
+        Kofler et al. 2022, arXiv 2205.08209, eq. 1.
+
+    Example:
+        >>> import torch
+        >>> main, blob = blob_loss_terms(torch.zeros(1, 1, 4), torch.tensor([[[1, 0, 1, 1]]]))
+        >>> round(main.item(), 4), round(blob.item(), 4)
+        (0.4, 0.4643)
     """
     terms = compute(Options.named(options), logits, target, instances, "terms")[0]
     main, blob = terms.unbind()
@@ -160,6 +183,21 @@ def blob_loss_instances(
     Returns:
         losses ``[B, C, N]`` and ids int64 ``[B, C, N]``, N the largest id (``max_instances`` if given; the number of
         different ids if they exceed the number of voxels); both 0 where there is no instance: select with ``ids > 0``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
+
+    Synchronises:
+        As :class:`BlobLoss`: never with ``instances`` and ``max_instances`` given.
+
+    Reference:
+        Kofler et al. 2022, arXiv 2205.08209, eq. 1.
+
+    Example:
+        >>> import torch
+        >>> losses, ids = blob_loss_instances(torch.zeros(1, 1, 4), instances=torch.tensor([[[3, 0, 1, 1]]]))
+        >>> ids.tolist(), [round(loss, 4) for loss in losses.flatten().tolist()]
+        ([[[1, 0, 3]]], [0.4286, 0.0, 0.5])
     """
     loss, labels, counts = compute(Options.named(options), logits, target, instances, "instances")
     ids = labels.original_ids

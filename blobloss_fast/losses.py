@@ -132,13 +132,32 @@ class BlobLoss(nn.Module):
     def terms(
         self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the unweighted main and blob terms: :func:`blob_loss_terms` with this module's options."""
+        """Return the unweighted main and blob terms: :func:`blob_loss_terms` with this module's options.
+
+        Args:
+            logits: as in :meth:`forward`, like the labels.
+            target: as there.
+            instances: as there.
+
+        Returns:
+            Two scalars, main and blob. Errors and synchronisation are those of the class.
+        """
         return blob_loss_terms(logits, target, instances, **self._options()._asdict())
 
     def instance_losses(
         self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return every instance's loss and id: :func:`blob_loss_instances` with this module's options."""
+        """Return every instance's loss and id: :func:`blob_loss_instances` with this module's options.
+
+        Args:
+            logits: as in :meth:`forward`, like the labels.
+            target: as there.
+            instances: as there.
+
+        Returns:
+            losses ``[B, C, N]`` and ids int64 ``[B, C, N]``, both 0 where there is none. Errors and synchronisation are
+            those of the class.
+        """
         return blob_loss_instances(logits, target, instances, **self._options()._asdict())
 
     def extra_repr(self) -> str:

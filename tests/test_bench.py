@@ -122,7 +122,8 @@ def test_table_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert min(workload["min_ms"].values()) > 0
         assert all(workload["median_ms"][key] >= workload["min_ms"][key] for key in AVAILABLE)
     scaling = results["scaling"]["median_ms"]
-    assert results["scaling"]["ratio"] == pytest.approx(scaling["1000"] / scaling["1"], rel=1e-2)
+    assert results["scaling"]["ratio"] == pytest.approx(scaling["many"] / scaling["one, same mask"], rel=1e-2)
+    assert results["scaling"]["ratio_to_one_ball"] == pytest.approx(scaling["many"] / scaling["one ball"], rel=1e-2)
     assert results["copy_gb_per_s"] > 0
     assert results["machine"]["torch"] == torch.__version__
 

@@ -51,7 +51,7 @@ def segment_stats_forward(
     """
     z = _pre_activation(_flatten(logits), activation, channel0)
     batch, channels, voxels = z.shape
-    listed, index, slot, invalid = _list(cells, target, num_cells, logits.shape[1], channel0)
+    listed, index, per_row, slot, invalid = _list(cells, target, num_cells, logits.shape[1], channel0)
     if activation == "none":
         valid = _flatten(cells)[:, -channels:] >= 0
         invalid = invalid | _check(((z < 0) | (z > 1)) & valid, NOT_A_PROBABILITY)
@@ -64,7 +64,7 @@ def segment_stats_forward(
         return lines[:, 1:].sum(0).view(batch, channels, num_cells)
 
     counts = by_cell(line_counts)
-    counts[:, :, 0] += voxels - listed.sum(2)
+    counts[:, :, 0] += voxels - per_row.view(batch, channels)
     sums = []
     for name in features:
         feature = _feature(name, z, activation, gamma)
@@ -102,7 +102,7 @@ def segment_stats_backward(
     x = _flatten(logits)
     z = _pre_activation(x, activation, channel0)
     unused = x.shape[1] - z.shape[1]
-    _, index, slot, _ = _list(cells, target, num_cells, x.shape[1], channel0, check=False)
+    _, index, _, slot, _ = _list(cells, target, num_cells, x.shape[1], channel0, check=False)
     grad_sums = grad_sums[:, unused:]
     of_slots = F.pad(grad_sums.flatten(0, 2), (0, 0, 1, 0))  # 0 for what is ignored
 
@@ -149,15 +149,15 @@ def _check(wrong: Tensor, message: str) -> Tensor:
 
 def _list(
     cells: Tensor, target: Tensor | None, num_cells: int, channels: int, channel0: str, check: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """List the voxels that lie in another cell than 0; all of them where counting them would be a wait.
 
     Channel 0 is left out if it is unused.
 
     Returns:
-        Whether a voxel is listed, ``[B, C, V]``; the place of each in the flattened volume, ``[L]``; its slot in a line
-        of the table, int64 ``[L]``: 0 for what is ignored, then the cells of all samples and channels in their order;
-        and whether any label was invalid.
+        Whether a voxel is listed, ``[B, C, V]``; the place of each in the flattened volume, ``[L]``; how many there are
+        of every sample and channel, ``[B * C]``; the slot of each in a line of the table, int64 ``[L]``: 0 for what is
+        ignored, then the cells of all samples and channels in their order; and whether any label was invalid.
     """
     unused = int(channel0 == "unused")
     ids = _flatten(cells).expand(-1, channels, -1)[:, unused:]
@@ -190,7 +190,9 @@ def _list(
         return volume.flatten()[index]
 
     cell = at(ids).to(torch.int64)
-    row = index // voxels  # sample and channel
+    rows = torch.arange(ids.shape[0] * channels + 1, device=index.device)  # sample and channel
+    per_row = torch.searchsorted(index, rows * voxels).diff()
+    row = torch.repeat_interleave(rows[:-1], per_row, output_size=len(index))
     if channel0 == "background":
         cell = torch.where(row % channels == 0, cell.clamp_max(0), cell)
     capacity = num_cells
@@ -203,7 +205,7 @@ def _list(
         invalid = invalid | _check(cell >= capacity, TOO_LARGE)
     cell.clamp_(-1, capacity - 1)
     slot = 1 + row * num_cells + (cell if one_hot is None else 2 * cell + bit)
-    return listed, index, slot.masked_fill_(cell < 0, 0), invalid
+    return listed, index, per_row, slot.masked_fill_(cell < 0, 0), invalid
 
 
 def _flatten(volume: Tensor) -> Tensor:
