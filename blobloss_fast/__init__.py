@@ -1,4 +1,4 @@
-"""Per-instance segmentation losses that cost nothing: exact blob loss in one fused pass."""
+"""Per-instance segmentation losses: exact blob loss and its gradient in one pass over the volume each way."""
 
 from . import criteria
 from ._backends import backends
