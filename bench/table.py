@@ -204,8 +204,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     worst = max(error for w in results["workloads"] for error in w["relative_error"].values())
     reading = (
         f"{scaling['instances']:,} instances cost {scaling['ratio']:.2f} times one instance on the same mask ("
-        f"BlobLoss, {scaling['size']}^3, {scaling['foreground']:.0%} foreground), and {scaling['ratio_to_one_ball']:.2f} "
-        "times a volume with a single ball and next to no foreground. "
+        f"BlobLoss, {scaling['size']}^3, {scaling['foreground']:.0%} foreground), and "
+        f"{scaling['ratio_to_one_ball']:.2f} times a volume with a single ball and next to no foreground. "
         f"GB/s counts the {BYTES_PER_VOXEL} bytes per voxel that the two passes must move; a "
         f"plain copy on this machine reaches {results['copy_gb_per_s']:.1f} GB/s. Plain Dice and MONAI's DiceLoss "
         "compute the main term only; the others add the mean Dice of the instances, whose ids they are given. Largest "
