@@ -68,7 +68,7 @@ def segment_stats_forward(
     sums = []
     for name in features:
         feature = _feature(name, z, activation, gamma)
-        entries = _in_rows(feature.flatten()[index], num_slots, 0.0)
+        entries = _in_rows(feature.flatten().index_select(0, index), num_slots, 0.0)
         for part, num_parts in levels:
             entries = _add_up(part, entries, num_parts)
         total = by_cell(entries)
@@ -109,12 +109,12 @@ def segment_stats_backward(
     grad: Tensor | None = None
     grad_listed = of_slots.new_zeros(())
     for j, slope in enumerate(_slopes(features, z, activation, gamma)):
-        grad_listed = grad_listed + of_slots[:, j][slot] * slope.flatten()[index]
+        grad_listed = grad_listed + of_slots[:, j].index_select(0, slot) * slope.flatten().index_select(0, index)
         slope.mul_(grad_sums[:, :, :1, j])
         grad = slope if grad is None else grad.add_(slope)
     if grad is None:
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    grad.view(-1)[index] = grad_listed
+    grad.view(-1).index_copy_(0, index, grad_listed)
     grad = _with_unused(grad, unused)
     if activation == "softmax":
         grad = _softmax_backward(x.to(grad.dtype), grad)
@@ -187,7 +187,7 @@ def _list(
         index = torch.arange(listed.numel(), device=listed.device)
 
     def at(volume: Tensor) -> Tensor:
-        return volume.flatten()[index]
+        return volume.flatten().index_select(0, index)
 
     cell = at(ids).to(torch.int64)
     rows = torch.arange(ids.shape[0] * channels + 1, device=index.device)  # sample and channel
