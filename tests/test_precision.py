@@ -129,6 +129,18 @@ def test_a_large_background_is_summed_exactly(activation, dtype):
                 assert abs(float(sums[0, c, k, f]) / float(expected) - 1) <= 1e-6, f"{name}, cell {k}"
 
 
+@pytest.mark.parametrize("cell", [0, 1])
+@pytest.mark.parametrize("logit", [-8.0, -3.0, 0.0, 2.3])
+def test_a_large_cell_of_equal_logits_is_summed_exactly(logit, cell):
+    """Equal terms are all rounded the same way: the worst case, for the background and for a giant instance."""
+    logits = torch.full((1, 1, 128, 128, 128), logit)
+    ids = torch.full(logits.shape, cell, dtype=torch.int32)
+    sums = segment_stats(logits, ids, 2, FEATURES)[1][0, 0, cell].double()
+    prediction = oracle.predict(torch.full((1, 1), logit, dtype=torch.float64), 0, "sigmoid")
+    expected = torch.cat([oracle.feature(name, prediction, 2.0).flatten() for name in FEATURES]) * 128**3
+    assert ((sums - expected) / expected).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("num_cells", [600, 20_000])
 def test_many_cells_do_not_spoil_the_large_ones(num_cells):
     """The table's size limits how a sum can be cut into blocks: the background and a giant must stay accurate."""
