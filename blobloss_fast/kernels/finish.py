@@ -1,34 +1,58 @@
-"""From the table of sums to the loss, and from the gradient of the loss to the gradient of the sums.
+"""From the table of sums to the loss, and to the gradient of the loss with respect to the sums.
 
 Everything here works on the small table ``[B, C, K]``, never on the volume. With a target the table's cells are
 ``2 * id + bit``: the blob term reads a cell by its id, the main term by its bit. Without one, the bit is ``id > 0``.
+
+Value and gradient are algebra on the same ratios. Where the loss is one number, of all or of every (sample, class),
+both are computed at once, and the backward pass only scales what was saved. The gradient of "terms" and "instances",
+several numbers out of one table, has to wait for the weights of these.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import COUNT, ROW_HEAD, row_terms, rows_of
+from .layout import COUNT, ROW_HEAD, features_of, row_terms, rows_from_text, rows_of
 
 Stats = dict[str, Tensor]
+Terms = dict[tuple[str, str], float]  # as in layout.row_terms
 
 
 class LossSpec(NamedTuple):
-    """The static options of a loss, as an operator receives them; rows as in ``layout``."""
+    """The options of a loss; flat rows as in ``layout``."""
 
     activation: str
     gamma: float
-    main_rows: list[float]
-    blob_rows: list[float]
+    main_rows: tuple[float, ...]
+    blob_rows: tuple[float, ...]
     main_weight: float
     blob_weight: float
     masking: str
     channel0: str
     reduction: str
+
+
+@functools.lru_cache
+def decode(main_weight: float, blob_weight: float, options: str) -> tuple[LossSpec, tuple[str, ...]]:
+    """Return the options of a loss, which an operator receives as a line of text, and the features that it reads.
+
+    Args:
+        main_weight: of the main term.
+        blob_weight: of the blob term.
+        options: activation, masking, channel0, reduction, main and blob rows (``layout.rows_as_text``), joined by "|".
+    """
+    activation, masking, channel0, reduction, *rows = options.split("|")
+    (gamma, main_rows), (other_gamma, blob_rows) = map(rows_from_text, rows)
+    spec = LossSpec(
+        activation, gamma or other_gamma, main_rows, blob_rows, main_weight, blob_weight, masking, channel0, reduction
+    )
+    return spec, features_of(main_rows, blob_rows)
 
 
 class _Table(NamedTuple):
@@ -38,61 +62,65 @@ class _Table(NamedTuple):
     main_neg: Stats  # [B, C, 1]
 
 
-def finish(counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec) -> Tensor:
+class _Ratio(NamedTuple):
+    """A row of a criterion, on many domains side by side."""
+
+    weight: float
+    above: Terms
+    below: Terms
+    divisor: Tensor
+    value: Tensor
+
+
+class _Criterion(NamedTuple):
+    """A criterion on many domains side by side."""
+
+    ratios: list[_Ratio]
+    valid: Tensor  # whether a domain has a value; elsewhere a divisor may be 0
+    value: Tensor  # 0 where it is not valid
+
+
+class _Loss(NamedTuple):
+    main: _Criterion  # [B, C, 1]
+    blob: _Criterion  # [B, C, N]
+    main_scale: float  # of every value in the reduced loss
+    blob_scale: Tensor  # likewise, [B, C, 1]
+
+
+def finish(
+    counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
     """Reduce the table to the loss.
 
     Returns:
-        A scalar for the reductions "mean" and "sum", ``[B, C]`` for "none", the two unweighted terms ``[2]`` for
-        "terms", and ``[B, C, N]`` for "instances" (0 where there is no instance).
+        The value: a scalar for the reductions "mean" and "sum", ``[B, C]`` for "none", the two unweighted terms ``[2]``
+        for "terms", and ``[B, C, N]`` for "instances" (0 where there is no instance).
+        What ``finish_backward`` needs, ``[B, C, K, F]``: the gradient with respect to the sums; for "terms" and
+        "instances" the sums.
     """
-    table = _split(counts, sums, features, has_target)
-    exists, weights = _existing(table, spec)
-    blob = _evaluate(spec.blob_rows, table.blobs, _masked(table, spec), exists)
+    loss = _evaluate(counts, sums, features, has_target, spec)
     if spec.reduction == "instances":
-        return blob
-    main = _evaluate(spec.main_rows, table.main_pos, table.main_neg, _inhabited(table)).squeeze(2)
-    blob = (blob * weights).sum(2)
-    main_scale, blob_scale = _scales(weights, spec)
+        return loss.blob.value, sums
+    main = loss.main_scale * loss.main.value.squeeze(2)
+    blob = (loss.blob_scale * loss.blob.value.sum(2, keepdim=True)).squeeze(2)
     if spec.reduction == "terms":
-        return torch.stack([(main_scale * main).sum(), (blob_scale * blob).sum()])
-    loss = main_scale * main + blob_scale * blob
-    return loss if spec.reduction == "none" else loss.sum()
+        return torch.stack([main.sum(), blob.sum()]), sums
+    value = main + blob
+    gradient = _gradient(loss, loss.main_scale, loss.blob_scale, sums, features, has_target, spec)
+    return value if spec.reduction == "none" else value.sum(), gradient
 
 
 def finish_backward(
-    grad: Tensor, counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
+    grad: Tensor, counts: Tensor, saved: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
 ) -> Tensor:
-    """Return the gradient of ``finish`` with respect to the sums, ``[B, C, K, F]``."""
-    table = _split(counts, sums, features, has_target)
-    exists, weights = _existing(table, spec)
-    grad_main = torch.zeros_like(weights[..., :1])
+    """Return the gradient with respect to the sums, ``[B, C, K, F]``, given that with respect to the value."""
+    if spec.reduction not in ("terms", "instances"):
+        return saved * grad[..., None, None]
+    loss = _evaluate(counts, saved, features, has_target, spec)
     if spec.reduction == "instances":
-        grad_blob = grad
-    else:
-        main_scale, blob_scale = _scales(weights, spec)
-        for_main, for_blob = grad.unbind() if spec.reduction == "terms" else (grad, grad)
-        grad_main = (main_scale * for_main).expand(weights.shape[:2]).unsqueeze(2)
-        grad_blob = (blob_scale * for_blob).expand(weights.shape[:2]).unsqueeze(2) * weights
-
-    d_pos, d_neg = _slopes(spec.blob_rows, table.blobs, _masked(table, spec), exists, grad_blob)
-    d_main_pos, d_main_neg = _slopes(spec.main_rows, table.main_pos, table.main_neg, _inhabited(table), grad_main)
-    num_blobs = exists.shape[2]
-    grad_sums = sums.new_zeros(*sums.shape[:2], num_blobs + 1, 2, len(features))
-    for j, name in enumerate(features):
-        by_id = grad_sums[..., j]
-        if name in d_neg:
-            by_id[:, :, :1] += d_neg[name].sum(2, keepdim=True).unsqueeze(3)
-            if spec.masking == "none":
-                by_id[:, :, 1:] += _sum_of_others(d_neg[name]).unsqueeze(3)
-        if name in d_pos:
-            by_id[:, :, 1:] += d_pos[name].unsqueeze(3)
-        if name in d_main_pos:
-            (by_id[..., 1] if has_target else by_id[:, :, 1:, 0]).add_(d_main_pos[name])
-        if name in d_main_neg:
-            (by_id[..., 0] if has_target else by_id[:, :, :1, 0]).add_(d_main_neg[name])
-    grad_sums = grad_sums.flatten(2, 3) if has_target else grad_sums[:, :, :, 0]
-    # Invalid labels have turned every sum NaN; a gradient scaler looks at gradients, and not every slope reads a sum.
-    return grad_sums.masked_fill_(sums.isnan().all(), math.nan) if sums.numel() else grad_sums
+        return _gradient(loss, 0.0, grad, saved, features, has_target, spec)
+    main, blob = loss.main_scale * grad[0], loss.blob_scale * grad[1]
+    return _gradient(loss, main, blob, saved, features, has_target, spec)
 
 
 def blob_counts(counts: Tensor, has_target: bool) -> Tensor:
@@ -117,26 +145,21 @@ def _split(counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: 
     return _Table(*parts)
 
 
-def _existing(table: _Table, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Return which instances exist, ``[B, C, N]``, and the weight of each in the mean of its (sample, class)."""
-    count = table.blobs[COUNT]
-    exists = count > 0
-    return exists, exists / exists.sum(2, keepdim=True, dtype=count.dtype).clamp_min(1)
-
-
-def _inhabited(table: _Table) -> Tensor:
-    return table.main_pos[COUNT] + table.main_neg[COUNT] > 0
-
-
-def _scales(weights: Tensor, spec: LossSpec) -> tuple[float, Tensor | float]:
-    """Return the factors of the main and the blob term of one (sample, class) in the reduced loss."""
-    if spec.reduction in ("none", "sum"):
-        return spec.main_weight, spec.blob_weight
-    batch, channels = weights.shape[:2]
-    pairs_with_blobs = (weights.sum(2) > 0).sum(dtype=weights.dtype).clamp_min(1)
-    return (
-        spec.main_weight / (batch * (channels - (spec.channel0 == "unused"))),
-        spec.blob_weight / pairs_with_blobs,
+def _evaluate(counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec) -> _Loss:
+    table = _split(counts, sums, features, has_target)
+    exists = table.blobs[COUNT] > 0
+    inhabited = table.main_pos[COUNT] + table.main_neg[COUNT] > 0
+    num_blobs = exists.sum(2, keepdim=True, dtype=sums.dtype)
+    main_scale, blob_scale = spec.main_weight, spec.blob_weight / num_blobs.clamp_min(1)
+    if spec.reduction not in ("none", "sum"):
+        batch, channels = counts.shape[:2]
+        main_scale /= batch * (channels - (spec.channel0 == "unused"))
+        blob_scale /= (num_blobs > 0).sum(dtype=sums.dtype).clamp_min(1)
+    return _Loss(
+        _criterion(spec.main_rows, table.main_pos, table.main_neg, inhabited),
+        _criterion(spec.blob_rows, table.blobs, _masked(table, spec), exists),
+        main_scale,
+        blob_scale,
     )
 
 
@@ -164,35 +187,69 @@ def _sum_of_others(stat: Tensor) -> Tensor:
     return before + after
 
 
-def _affine(terms: dict[tuple[str, str], float], constant: float, sides: dict[str, Stats]) -> Tensor | float:
-    return sum((a * sides[side][stat] for (side, stat), a in terms.items()), start=constant)
+def _criterion(rows: Sequence[float], pos: Stats, neg: Stats, valid: Tensor) -> _Criterion:
+    sides = {"pos": pos, "neg": neg}
 
+    def affine(terms: Terms, constant: float) -> Tensor:
+        form = pos[COUNT].new_full((), constant)
+        for (side, stat), a in terms.items():
+            form = form.add(sides[side][stat], alpha=a)
+        return form
 
-def _evaluate(rows: list[float], pos: Stats, neg: Stats, valid: Tensor) -> Tensor:
-    """Return the criterion of every domain, 0 where a domain is not valid (its denominator may be 0)."""
     value = torch.zeros_like(pos[COUNT])
+    ratios = []
     for row in rows_of(rows):
         weight, offset, numerator, denominator = row[:ROW_HEAD]
         above, below = row_terms(row)
-        sides = {"pos": pos, "neg": neg}
-        ratio = _affine(above, numerator, sides) / _affine(below, denominator, sides)
-        value = value + weight * (offset + ratio)
-    return torch.where(valid, value, 0.0)
+        divisor = affine(below, denominator)
+        ratio = affine(above, numerator) / divisor
+        value += weight * (offset + ratio)
+        ratios.append(_Ratio(weight, above, below, divisor, ratio))
+    return _Criterion(ratios, valid, value.masked_fill_(~valid, 0.0))
 
 
-def _slopes(rows: list[float], pos: Stats, neg: Stats, valid: Tensor, grad: Tensor) -> tuple[Stats, Stats]:
-    """Return ``grad`` times the derivative of ``_evaluate`` with respect to the positive and the negative sums."""
+def _gradient(
+    loss: _Loss,
+    grad_main: Tensor | float,
+    grad_blob: Tensor,
+    sums: Tensor,
+    features: tuple[str, ...],
+    has_target: bool,
+    spec: LossSpec,
+) -> Tensor:
+    """Return the gradient with respect to the sums, given that with respect to the value of every domain."""
+    d_pos, d_neg = _slopes(loss.blob, grad_blob)
+    d_main_pos, d_main_neg = _slopes(loss.main, grad_main)
+    grad_sums = torch.zeros_like(sums)
+    by_id = grad_sums.unflatten(2, (-1, 1 + has_target))  # [B, C, N + 1, bits, F]
+    background, blobs = by_id[:, :, :1], by_id[:, :, 1:]
+    main_neg, main_pos = (
+        (by_id[:, :, :, 0], by_id[:, :, :, 1]) if has_target else (by_id[:, :, :1, 0], by_id[:, :, 1:, 0])
+    )
+    for j, name in enumerate(features):
+        if name in d_neg:
+            background[..., j] += d_neg[name].sum(2, keepdim=True).unsqueeze(3)
+            if spec.masking == "none":
+                blobs[..., j] += _sum_of_others(d_neg[name]).unsqueeze(3)
+        if name in d_pos:
+            blobs[..., j] += d_pos[name].unsqueeze(3)
+        if name in d_main_pos:
+            main_pos[..., j] += d_main_pos[name]
+        if name in d_main_neg:
+            main_neg[..., j] += d_main_neg[name]
+    # Invalid labels have turned every sum NaN; a gradient scaler looks at gradients, and not every slope reads a sum.
+    return grad_sums.masked_fill_(sums.isnan().all(), math.nan) if sums.numel() else grad_sums
+
+
+def _slopes(criterion: _Criterion, grad: Tensor | float) -> tuple[Stats, Stats]:
+    """Return ``grad`` times the derivative of the value with respect to the positive and the negative sums."""
     slopes: dict[str, Stats] = {"pos": {}, "neg": {}}
-    for row in rows_of(rows):
-        weight, _, numerator, denominator = row[:ROW_HEAD]
-        above, below = row_terms(row)
-        sides = {"pos": pos, "neg": neg}
-        divisor = _affine(below, denominator, sides)
-        ratio = _affine(above, numerator, sides) / divisor
+    for weight, above, below, divisor, ratio in criterion.ratios:
+        scale = weight * grad / divisor
         for side, stat in above.keys() | below.keys():
             if stat == COUNT:
                 continue
             a, b = above.get((side, stat), 0.0), below.get((side, stat), 0.0)
-            slope = (a - b * ratio if b else a) * (weight * grad) / divisor  # b = 0: the ratio may be infinite
-            slopes[side][stat] = slopes[side].get(stat, 0.0) + torch.where(valid, slope, 0.0)
+            slope = (a - b * ratio if b else a) * scale  # b = 0: the ratio may be infinite
+            slopes[side][stat] = slopes[side].get(stat, 0.0) + torch.where(criterion.valid, slope, 0.0)
     return slopes["pos"], slopes["neg"]
