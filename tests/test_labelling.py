@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blobloss_fast import BlobLoss, blob_loss_instances, connected_components, criteria
+from blobloss_fast.kernels import labels as kernel
 
 from .tolerances import assert_fp64
 
@@ -117,6 +119,19 @@ def test_samples_and_channels_are_alone(axes, connectivity):
     assert counts[1, 2] == 0
 
 
+@CASES
+def test_foreground_in_a_part_of_the_volume(axes, connectivity):
+    """At every border and at none, another part in every sample and channel, down to one voxel."""
+    shape = (7, 6, 5)[:axes]
+    parts = [(0, 3), (2, 4), (3, 5), (4, 5)]  # begin and end along each axis; the 5 of the last two stands for the end
+    mask = torch.zeros(2, len(parts) ** axes, *shape, dtype=torch.bool)
+    for channel, ends in enumerate(itertools.product(parts, repeat=axes)):
+        box = tuple(slice(begin, end if end < 5 else None) for begin, end in ends)
+        for b, sample in enumerate(mask):
+            sample[channel][box] = random_mask(*sample[channel][box].shape, density=0.6, seed=channel + 1000 * b)
+    assert_scipys(mask, connectivity)
+
+
 # --------------------------------------------------------------------------- dtypes and memory layouts
 
 DTYPES = (
@@ -155,12 +170,73 @@ def test_memory_layouts(dtype, axes, connectivity):
 
 
 def test_the_mask_is_left_alone():
-    for dtype in (torch.bool, torch.uint8, torch.float32):
+    for dtype in DTYPES:
         mask = random_mask(2, 2, 5, 6).to(dtype)
         before = mask.clone()
-        labels, _ = connected_components(mask)
-        labels.fill_(7)
+        connected_components(mask)[0].fill_(7)
+        BlobLoss(ignore_index=1)(torch.zeros(mask.shape), mask)
         assert torch.equal(mask, before)
+
+
+# ---------------------------------------------------------------------------- values, and where they are compared
+
+
+def test_values_that_a_rounded_or_narrower_number_would_hide():
+    """Each is 0 or 1 to a cast that wraps, truncates or rounds; none is a class."""
+    wrong = {
+        torch.uint8: (2, 128, 255),
+        torch.int8: (-1, -128),
+        torch.int16: (256, 257, -256),
+        torch.int32: (2**16, 2**16 + 1, -(2**31)),
+        torch.int64: (2**32, 2**32 + 1, -(2**63)),
+        torch.float32: (1 + 2**-23, 1 - 2**-24, 2.0**-149, -1e-30, math.inf, -math.inf, math.nan, 2.0**32, 256.0),
+        torch.float64: (1 + 2**-52, 5e-324, 2.0**64),
+    }
+    for dtype, values in wrong.items():
+        for value in values:
+            target = torch.zeros(2, 1, 3, 4, dtype=dtype)
+            target[0, 0, 1, 1], target[1, 0, 2, 3] = 1, value
+            for ignore in (None, 7, 0, 1):
+                with pytest.raises(ValueError, match="0 or 1"):
+                    kernel.label_target(target, 1, False, False, 26, ignore)
+                with pytest.raises(ValueError, match="class map"):
+                    kernel.label_target(target, 2, True, True, 26, ignore)
+            with pytest.raises(ValueError, match="0 or 1"):
+                connected_components(target)
+    assert connected_components(torch.tensor([[[-0.0, 1.0]]]))[0].tolist() == [[[0, 1]]]
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["by NumPy", "by PyTorch"])
+def test_classes_and_ignored_values_beyond_the_dtype(on_host, monkeypatch):
+    """Neither wraps to a value that is there: 300 classes of a uint8 map, ignored values of any size."""
+    monkeypatch.setattr(kernel, "_on_host", lambda tensor: on_host)
+    channels = 300
+    for dtype in (torch.uint8, torch.int16, torch.int64, torch.float32):
+        drawn = torch.randint(0, 256 if dtype == torch.uint8 else channels, (1, 1, 31, 29))
+        expected = labels_per_class(drawn, channels, 8)
+        for ignore in (-1, 255, 256, 2**40):
+            labels = kernel.label_target(drawn.to(dtype), channels, True, True, 8, ignore)
+            assert torch.equal(labels, expected.masked_fill(drawn == ignore, -1))
+
+
+@CASES
+def test_comparisons_on_a_device(axes, connectivity, monkeypatch):
+    """What happens to a tensor of a device, here on the CPU: PyTorch compares, not NumPy, and the rest is the same."""
+    shape = (2, 3, *(8, 7, 6)[:axes])
+    mask, ignored = random_mask(*shape, density=0.4).long(), random_mask(*shape, density=0.2, seed=1)
+    classes = (mask + mask * ignored.roll(1, -1))[:, :1]
+    calls = [
+        (kernel.label_target, target.to(dtype).masked_fill(where, value), 3, class_map, class_map, connectivity, ignore)
+        for dtype in (torch.uint8, torch.int64, torch.float32, torch.float64)
+        for target, where, class_map in ((mask, ignored, False), (classes, ignored[:, :1], True))
+        for value, ignore in ((255, 255), (1, 1), (0, 0), (1, 0), (0, None))
+    ]
+    calls += [(kernel.connected_components, mask.to(dtype), connectivity) for dtype in (torch.bool, torch.float32)]
+    expected = [function(*arguments) for function, *arguments in calls]
+    monkeypatch.setattr(kernel, "_on_host", lambda tensor: False)
+    for (function, *arguments), labels in zip(calls, expected, strict=True):
+        for a, b in zip(function(*arguments), labels, strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 # ---------------------------------------------------------------------------- labels found by the loss

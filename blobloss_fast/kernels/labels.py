@@ -1,4 +1,9 @@
-"""Connected components on the CPU, through connected-components-3d."""
+"""Connected components on the CPU, through connected-components-3d.
+
+cc3d keeps Python's lock while it works, so two threads label two samples no faster than one: the samples come one after
+the other. What is done around it is kept small: comparisons that make one byte of a voxel, and of the volume no more
+than the box that holds the foreground.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from typing import Any
 import cc3d
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .layout import NOT_A_CLASS, NOT_BINARY
@@ -24,19 +30,7 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     Returns:
         labels int32 ``[B, C, *spatial]`` and counts int64 ``[B, C]``.
     """
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError(NOT_BINARY)
-    axes = mask.ndim - 2
-    # C-contiguous uint8 only: cc3d labels background pixels of some 2D bool input and numbers Fortran order differently
-    foreground = np.ascontiguousarray((mask != 0).to("cpu", torch.uint8).numpy())
-    labels = np.zeros(mask.shape, np.int32)
-    counts = np.zeros(mask.shape[:2], np.int64)
-    for b, c in np.ndindex(*counts.shape):
-        volume = foreground[b, c] if axes > 1 else foreground[b, c][None]
-        if volume.any():
-            found, count = cc3d.connected_components(volume, connectivity=_CC3D[axes][connectivity], return_N=True)
-            labels[b, c], counts[b, c] = found.reshape(mask.shape[2:]), count
-    return torch.from_numpy(labels).to(mask.device), torch.from_numpy(counts).to(mask.device)
+    return _find(mask, mask.shape[1], False, False, connectivity, None)
 
 
 def is_ignored(target: Tensor, ignore: int) -> Tensor:
@@ -53,7 +47,7 @@ def label_target(
     """Find the instances of a target: int32 ids, -1 where the target is ignored.
 
     Args:
-        target: ``[B, 1, *spatial]`` class map or ``[B, C, *spatial]`` binary.
+        target: ``[B, 1, *spatial]`` class map (of a softmax) or ``[B, C, *spatial]`` binary.
         channels: C, the channels of the logits.
         softmax: channel 0 is the background class and has no instances.
         ignore: the ignored value of the target.
@@ -61,20 +55,79 @@ def label_target(
     Returns:
         ``[B, C, *spatial]``; ``[B, 1, *spatial]`` for the only foreground class of a two-channel softmax.
     """
-    ignored = None if ignore is None else is_ignored(target, ignore)
-    shape = [1, channels] + [1] * (target.ndim - 2)
-    classes = torch.arange(channels, device=target.device).view(shape)
-    hot = target == classes if class_map else target == 1
-    wrong = ~hot.any(1, keepdim=True) if class_map else ~hot & (target != 0)
-    if ignored is not None:
-        wrong = wrong & ~ignored
-        hot = hot & ~ignored
-    if bool(wrong.any()):
-        raise ValueError(NOT_A_CLASS if class_map else NOT_BINARY)
-    if softmax:
-        hot = hot & (classes > 0)
-        if channels == 2:
-            hot = hot[:, 1:]
-            ignored = ignored[:, -1:] if ignored is not None else None
-    labels, _ = connected_components(hot, connectivity)
-    return labels if ignored is None else labels.masked_fill_(ignored.expand_as(labels), -1)
+    return _find(target, channels, class_map, softmax, connectivity, ignore)[0]
+
+
+def _find(
+    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `label_target` does, and how many instances each sample and channel has."""
+    returned = 1 if softmax and channels == 2 else channels
+    labels = np.zeros((target.shape[0], returned, *target.shape[2:]), np.int32)
+    counts = np.zeros(labels.shape[:2], np.int64)
+    classes = [value for value in range(1, channels if class_map else 2) if value != ignore]
+    for values, ids, count in zip(_comparable(target), labels, counts, strict=True):
+        known = values == 0
+        if ignore is not None:
+            ignored = values == ignore
+            known |= ignored
+        for value in classes:
+            hot = values == value
+            known |= hot
+            for channel, volume in enumerate(_as_bytes(hot), start=value if class_map else 0):
+                if channel or not softmax:
+                    last = channel - channels  # from the end: a softmax of two returns one channel
+                    count[last] = _label(volume, ids[last], connectivity)
+        if not known.all():
+            raise ValueError(NOT_A_CLASS if class_map else NOT_BINARY)
+        if ignore is not None:
+            ids -= _as_bytes(ignored)[-returned:]  # no id is there: 0 becomes -1
+    return torch.from_numpy(labels).to(target.device), torch.from_numpy(counts).to(target.device)
+
+
+def _comparable(target: Tensor) -> Any:
+    """Return an array that compares fast: NumPy's on the CPU (up to ten times PyTorch's), the tensor on a device.
+
+    A tensor is made wide enough for any class and any ignored value, which would be wrapped otherwise.
+    """
+    if target.dtype == torch.bool:
+        target = target.view(torch.uint8)
+    if _on_host(target):
+        return target.numpy(force=True)
+    return target.to(torch.promote_types(target.dtype, torch.int64))
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _as_bytes(found: Any) -> NDArray[np.uint8]:
+    """Bring the result of a comparison to the CPU."""
+    return torch.as_tensor(found).cpu().numpy().view(np.uint8)
+
+
+def _label(volume: NDArray[np.uint8], ids: NDArray[np.int32], connectivity: int) -> int:
+    """Write the ids of one volume into zeros; return how many there are.
+
+    cc3d numbers like scipy if it gets C-contiguous integers and is not told that they are binary: what it does for
+    binary images (its default for bool) numbers planes in another order, and refuses some volumes, as any long line.
+    """
+    box = _box(volume)
+    inside = np.ascontiguousarray(volume[box])
+    if not inside.size:
+        return 0
+    found, count = cc3d.connected_components(
+        inside if inside.ndim > 1 else inside[None], connectivity=_CC3D[inside.ndim][connectivity], return_N=True
+    )
+    ids[box] = found.reshape(inside.shape)
+    return int(count)
+
+
+def _box(volume: NDArray[np.uint8]) -> tuple[slice, ...]:
+    """The smallest box that holds what is not zero: raster order and neighbours are the same in it."""
+    box = []
+    while volume.ndim:
+        occupied = np.flatnonzero(volume.reshape(len(volume), -1).max(1))
+        box.append(slice(occupied[0], occupied[-1] + 1) if occupied.size else slice(0))
+        volume = volume.max(0)
+    return tuple(box)
