@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,6 +20,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 import blobloss_fast
+from blobloss_fast.kernels import native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,35 +97,154 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def build(kind: str, checkout: Path) -> Path:
+def call_backend(kind: str, checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Call the build backend as pip does, but in this environment: an isolated build needs the network."""
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
+    inherited = {name: value for name, value in os.environ.items() if name != "BLOBLOSS_FAST_NATIVE"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=checkout,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def build(kind: str, checkout: Path, **environment: str) -> Path:
+    done = call_backend(kind, checkout, **environment)
     assert done.returncode == 0, done.stderr
     return checkout / "dist" / done.stdout.splitlines()[-1]
 
 
-def test_wheel(checkout: Path) -> None:
-    with zipfile.ZipFile(build("wheel", checkout)) as wheel:
+def tag_and_files(wheel: Path) -> tuple[str, bool, set[str]]:
+    """The tag of a wheel, which its name and its metadata agree on; whether it is pure; the files of the package."""
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
+        metadata = next(opened.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
+    tag = wheel.stem.removeprefix(f"blobloss_fast-{PROJECT['version']}-")
+    assert f"Tag: {tag}\n" in metadata
+    return tag, "Root-Is-Purelib: true" in metadata, {name for name in names if ".dist-info/" not in name}
+
+
+def package_files() -> set[str]:
+    sources = {str(path.relative_to(ROOT).as_posix()) for path in (ROOT / "blobloss_fast").rglob("*.py")}
+    return sources | {"blobloss_fast/py.typed", "blobloss_fast/data/README.md", "blobloss_fast/data/ms_lesions.npz"}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str:
+    """The C++ compiler that setuptools would take."""
+    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    found = shutil.which(command.split()[0])
+    if found is None or sys.platform == "win32":
+        pytest.skip(f"there is no C++ compiler {command}: the native library cannot be built")
+    return found
+
+
+@pytest.fixture(scope="module")
+def native_wheel(checkout: Path, compiler: str) -> Path:
+    return build("wheel", checkout, BLOBLOSS_FAST_NATIVE="1")
+
+
+def test_wheel_with_the_native_library(native_wheel: Path) -> None:
+    """For one platform, but for any version of Python: the library knows nothing of it."""
+    tag, is_pure, files = tag_and_files(native_wheel)
+    assert re.fullmatch(r"py3-none-(linux|macosx)_\w+", tag)
+    assert not is_pure
+    assert files == package_files() | {f"blobloss_fast/{native.PATH.name}"}
+    with zipfile.ZipFile(native_wheel) as wheel:
         names = set(wheel.namelist())
         entry_points = next(wheel.read(name).decode() for name in names if name.endswith("/entry_points.txt"))
-    package = {name for name in names if ".dist-info/" not in name}
-    sources = {str(path.relative_to(ROOT).as_posix()) for path in (ROOT / "blobloss_fast").rglob("*.py")}
-    data = {"blobloss_fast/py.typed", "blobloss_fast/data/README.md", "blobloss_fast/data/ms_lesions.npz"}
-    assert package == sources | data
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert "blobloss-fast = blobloss_fast.demo:main" in entry_points
+
+
+def test_the_library_in_the_wheel_works(native_wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(native_wheel) as wheel:
+        opened = native.open_library(Path(wheel.extract(f"blobloss_fast/{native.PATH.name}", tmp_path)))
+    assert not isinstance(opened, str), opened
+    assert opened.isa in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"BLOBLOSS_FAST_NATIVE": "0"}, {"CC": "/no/compiler", "CXX": "/no/compiler", "LDSHARED": "/no/compiler"}],
+    ids=["left out", "no compiler"],
+)
+def test_wheel_without_the_native_library(checkout: Path, environment: dict[str, str]) -> None:
+    tag, is_pure, files = tag_and_files(build("wheel", checkout, **environment))
+    assert tag == "py3-none-any"
+    assert is_pure
+    assert files == package_files()
+
+
+def test_a_must_that_cannot_be_built_fails_in_one_line(checkout: Path) -> None:
+    environment = {"CC": "/no/compiler", "CXX": "/no/compiler", "BLOBLOSS_FAST_NATIVE": "1"}
+    done = call_backend("wheel", checkout, **environment)
+    assert done.returncode != 0
+    assert re.fullmatch(
+        "error: the native library needs GCC or Clang and was not built: .*No such file or directory.*; "
+        "unset BLOBLOSS_FAST_NATIVE to install without it",
+        done.stderr.splitlines()[-1],
+    )
+
+
+def test_a_choice_that_does_not_exist_is_refused(checkout: Path) -> None:
+    done = call_backend("wheel", checkout, BLOBLOSS_FAST_NATIVE="yes")
+    assert done.returncode != 0
+    assert "BLOBLOSS_FAST_NATIVE must be 1 (a must), 0 (leave out) or not set; got 'yes'" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a compiler is a shell script")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the baseline is all that is built here")
+@pytest.mark.parametrize(
+    ("refused", "environment", "expected"),
+    [
+        ("nothing", {}, {"baseline", "avx2", "avx512"}),
+        ("-mavx512bw", {}, {"baseline", "avx2"}),
+        ("-mavx2", {}, {"baseline"}),
+        ("nothing", {"ARCHFLAGS": "-arch x86_64 -arch arm64"}, {"baseline"}),
+    ],
+)
+def test_instruction_sets_that_are_built(
+    checkout: Path, tmp_path: Path, refused: str, environment: dict[str, str], expected: set[str]
+) -> None:
+    """Those whose flags the compiler knows; this one writes down what it is asked for and leaves empty files."""
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(
+        f"""#!/bin/sh
+case " $* " in *" {refused} "*) exit 1;; esac
+echo "$*" >> "{log}"
+for argument; do [ "$before" = -o ] && : > "$argument"; before="$argument"; done
+""",
+        encoding="utf-8",
+    )
+    compiler.chmod(0o755)
+    tag, _, _ = tag_and_files(build("wheel", checkout, CXX=str(compiler), **environment))
+    assert tag != "py3-none-any"
+    commands = log.read_text(encoding="utf-8").splitlines()
+    assert {name for line in commands for name in re.findall(r"-DBLOBLOSS_ISA=(\w+)", line)} == expected
+    for source in (ROOT / "csrc").glob("*.cpp"):
+        times = [line for line in commands if f"csrc/{source.name}" in line]
+        assert len(times) == (len(expected) if source.name == "segment_stats.cpp" else 1)
+    (dispatch,) = (line for line in commands if "csrc/library.cpp" in line)
+    assert set(re.findall(r"-DBLOBLOSS_HAS_(\w+)", dispatch)) == {name.upper() for name in expected}
+    assert [line for line in commands if "-ffast-math" in line or "-fopenmp" in line] == []
 
 
 def test_sdist(checkout: Path) -> None:
     with tarfile.open(build("sdist", checkout)) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md"}
+    needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
+    needed |= {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".h")}
     needed |= {
         "blobloss_fast/py.typed",
         "blobloss_fast/data/ms_lesions.npz",
         "bench/table.py",
+        "tests/install_matrix.sh",
         "tests/test_packaging.py",
     }
     assert needed - names == set()
-    assert [name for name in names if "__pycache__" in name or name.startswith((".git", "build/"))] == []
+    unwanted = ("__pycache__", ".so", ".dylib", ".o")
+    assert [name for name in names if name.endswith(unwanted) or name.startswith((".git", "build/"))] == []

@@ -1,25 +1,11 @@
-"""What a launcher of Triton kernels needs: volumes as rows, and word of invalid input without a wait."""
+"""What a launcher of Triton kernels needs, above all word of invalid input without a wait."""
 
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-
-def rows(volume: Tensor) -> tuple[Tensor, int, int]:
-    """The volume with its spatial axes dense (copied if they are not), and its batch and channel strides."""
-    expected = 1
-    for size, stride in zip(reversed(volume.shape[2:]), reversed(volume.stride()[2:]), strict=True):
-        if size != 1 and stride != expected:
-            volume = volume.contiguous()
-            break
-        expected *= size
-    # The stride of an axis of one is never used and may be any number: 0 is one that hides no alignment, and it makes
-    # a single channel serve them all.
-    batch, channel = (
-        0 if size == 1 else stride for size, stride in zip(volume.shape[:2], volume.stride()[:2], strict=True)
-    )
-    return volume, batch, channel
+from .rows import rows as rows  # what the launchers need too
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

@@ -1,0 +1,127 @@
+// The C interface of the native library: what kernels/native.py calls through ctypes. Plain C types only, so that the
+// library works with any version of Python and PyTorch. Change BLOBLOSS_ABI with every change of this file.
+#pragma once
+
+#include <stdint.h>
+
+#define BLOBLOSS_ABI 1
+#define BLOBLOSS_MAX_FEATURES 6
+
+#if defined(_WIN32)
+#define BLOBLOSS_EXPORT __declspec(dllexport)
+#else
+#define BLOBLOSS_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The order of these enumerators is that of the tuples in kernels/layout.py and kernels/native.py.
+enum bl_type { BL_F16, BL_BF16, BL_F32, BL_F64, BL_BOOL, BL_U8, BL_I8, BL_I16, BL_I32, BL_I64 };
+enum bl_feature { BL_PROB, BL_PROB_SQ, BL_NLL_POS, BL_NLL_NEG, BL_FOCAL_POS, BL_FOCAL_NEG };
+enum bl_activation { BL_SIGMOID, BL_SOFTMAX, BL_NONE };
+enum bl_masking { BL_EXCLUDE, BL_ZERO_PROB, BL_ZERO_LOGIT, BL_MASK_NONE };
+enum bl_channel0 { BL_CLASS, BL_BACKGROUND, BL_UNUSED };
+enum bl_reduction { BL_MEAN, BL_NO_REDUCTION, BL_SUM, BL_TERMS, BL_INSTANCES };
+
+// What a call returns: 0, or any of these together; whatever is not 0 leaves the results undefined.
+enum bl_status {
+  BL_TOO_LARGE = 1,
+  BL_NOT_BINARY = 2,
+  BL_NOT_A_CLASS = 4,
+  BL_NOT_A_PROBABILITY = 8,
+  BL_NO_MEMORY = 16,
+};
+
+// libtorch's torch_parallel_for: calls body for parts of [begin, end), returns 0 if it could.
+typedef int32_t (*bl_parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                   void* context);
+
+// How many threads, and whose. Without parallel_for the library starts its own.
+struct bl_threads {
+  int64_t count;
+  bl_parallel_for parallel_for;  // may be null
+};
+
+// A volume [B, C, V] whose V voxels lie side by side; strides in elements. One channel may serve all (stride 0).
+struct bl_volume {
+  const void* data;  // null: there is none
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int32_t type;      // bl_type
+  int32_t channels;  // of the tensor itself: 1 where one serves all
+};
+
+struct bl_problem {
+  struct bl_volume logits;
+  struct bl_volume cells;   // integers; below 0 is ignored
+  struct bl_volume target;  // optional: the cell is then 2 * cells + bit; one channel for many is a class map
+  int64_t batch;
+  int64_t channels;
+  int64_t voxels;
+  int64_t num_cells;
+  double gamma;
+  int32_t activation;  // bl_activation
+  int32_t channel0;    // bl_channel0
+  int32_t num_features;
+  int32_t features[BLOBLOSS_MAX_FEATURES];  // bl_feature
+  struct bl_threads threads;
+};
+
+// From the table to the loss and to the gradient of the table; kernels/finish.py says what each option means.
+struct bl_finish {
+  const int64_t* counts;    // [B, C, K]
+  const void* sums;         // [B, C, K, F], double or float
+  const double* main_rows;  // num_main_rows rows as in kernels/layout.py
+  const double* blob_rows;
+  const void* grad;  // gradient of the value, in the type of the sums; null stands for ones
+  void* value;       // may be null
+  void* grad_sums;   // [B, C, K, F]; may be null
+  int64_t num_main_rows;
+  int64_t num_blob_rows;
+  int64_t batch;
+  int64_t channels;
+  int64_t num_cells;
+  double gamma;
+  double main_weight;
+  double blob_weight;
+  int32_t is_double;
+  int32_t has_target;
+  int32_t activation;
+  int32_t masking;
+  int32_t channel0;
+  int32_t reduction;  // bl_reduction
+  int32_t num_features;
+  int32_t features[BLOBLOSS_MAX_FEATURES];
+  struct bl_threads threads;
+};
+
+BLOBLOSS_EXPORT int32_t blobloss_abi(void);
+
+// The instruction set that the kernels run on here: "avx512", "avx2" or "baseline".
+BLOBLOSS_EXPORT const char* blobloss_isa(void);
+
+// For tests: run on another instruction set from now on. Returns 0 where this machine or this build has not got it.
+BLOBLOSS_EXPORT int32_t blobloss_use_isa(const char* isa);
+
+// counts [B, C, K] and sums [B, C, K, F] (double for double logits, float otherwise), every entry written.
+BLOBLOSS_EXPORT int32_t blobloss_segment_stats_forward(const struct bl_problem* problem, int64_t* counts, void* sums);
+
+// The gradient of the logits, dense [B, C, V] in their type, every entry written; grad_sums as sums.
+BLOBLOSS_EXPORT int32_t blobloss_segment_stats_backward(const struct bl_problem* problem, const void* grad_sums,
+                                                        void* grad);
+
+BLOBLOSS_EXPORT int32_t blobloss_finish(const struct bl_finish* arguments);
+
+// The largest of the integers in a volume [B, C, V], at least 0.
+BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t batch, int64_t voxels,
+                                         const struct bl_threads* threads);
+
+// For tests: one feature and its derivative at n logits, in float or double.
+BLOBLOSS_EXPORT void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double,
+                                       const void* x, int64_t n, void* value, void* slope);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,166 @@
+// The C interface: picks the kernels for this machine, cuts a problem into tasks, adds up their tables.
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "blobloss.h"
+#include "segment_stats.h"
+#include "threads.h"
+
+namespace blobloss {
+namespace {
+
+constexpr int64_t kMostTables = 32;      // of all groups together, where there are enough voxels
+constexpr int64_t kVoxelsPerCell = 32;   // of a slab: below that its table would cost more than its voxels
+constexpr int64_t kParallelEntries = 4096;
+constexpr int64_t kParallelVoxels = 32768;  // about 15 us of work: below that, waking threads up costs more than they save
+
+// The kernels of an instruction set, null where it was not compiled or this machine has not got it.
+const Kernels* kernels_of(const char* isa) {
+#if defined(BLOBLOSS_HAS_AVX512)
+  if (!strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                   kernels_of("avx2")
+               ? &avx512::kernels
+               : nullptr;
+#endif
+#if defined(BLOBLOSS_HAS_AVX2)
+  if (!strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")
+               ? &avx2::kernels
+               : nullptr;
+#endif
+  return strcmp(isa, "baseline") ? nullptr : &baseline::kernels;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{kernels_of("avx512") ? kernels_of("avx512")
+                                             : kernels_of("avx2") ? kernels_of("avx2")
+                                                                  : kernels_of("baseline")};
+  return kernels;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+bl_threads threads_for(const bl_threads& threads, int64_t work, int64_t least) {
+  return {work < least ? 1 : threads.count, threads.parallel_for};
+}
+
+bl_threads threads_for(const bl_problem& problem) {
+  return threads_for(problem.threads, problem.batch * problem.channels * problem.voxels, kParallelVoxels);
+}
+
+Plan plan_for(const bl_problem& problem) {
+  Plan plan;
+  const bool together = problem.activation == BL_SOFTMAX;
+  plan.groups = together ? problem.batch : problem.batch * problem.channels;
+  plan.channels = together ? problem.channels : 1;
+  plan.row = 1 + problem.num_features;
+  plan.chunks = (problem.voxels + kChunk - 1) / kChunk;
+  int64_t most = problem.voxels / (kVoxelsPerCell * problem.num_cells);
+  if (plan.chunks < most) most = plan.chunks;
+  plan.slabs = 1;
+  while (2 * plan.slabs <= most && 2 * plan.slabs * plan.groups <= kMostTables) plan.slabs *= 2;
+  return plan;
+}
+
+// Adds up the tables of a group's slabs, in their order.
+template <typename T>
+void combine(const bl_threads& threads, const bl_problem& problem, const Plan& plan, const double* tables,
+             int64_t* counts, T* sums) {
+  const int64_t cells = plan.channels * problem.num_cells, slab = cells * plan.row;
+  const auto add = [&](int64_t begin, int64_t end) {
+    for (int64_t entry = begin; entry < end; ++entry) {
+      const double* row = tables + entry / cells * plan.slabs * slab + entry % cells * plan.row;
+      for (int64_t j = 0; j < plan.row; ++j) {
+        double total = 0;
+        for (int64_t s = 0; s < plan.slabs; ++s) total += row[s * slab + j];
+        if (j == 0)
+          counts[entry] = static_cast<int64_t>(total);
+        else
+          sums[entry * problem.num_features + j - 1] = static_cast<T>(total);
+      }
+    }
+  };
+  const int64_t entries = plan.groups * cells;
+  run_parallel(threads_for(threads, entries, kParallelEntries), entries, add);
+}
+
+}  // namespace
+}  // namespace blobloss
+
+using namespace blobloss;
+
+extern "C" {
+
+int32_t blobloss_abi(void) { return BLOBLOSS_ABI; }
+
+const char* blobloss_isa(void) { return kernels().name; }
+
+int32_t blobloss_use_isa(const char* isa) {
+  const Kernels* const wanted = kernels_of(isa);
+  if (wanted) chosen().store(wanted, std::memory_order_relaxed);
+  return wanted != nullptr;
+}
+
+int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* counts, void* sums) {
+  const Plan plan = plan_for(*problem);
+  const int64_t tasks = plan.groups * plan.slabs;
+  const size_t table = static_cast<size_t>(plan.channels * problem->num_cells * plan.row);
+  double* tables = static_cast<double*>(calloc(static_cast<size_t>(tasks) * table + 1, sizeof(double)));
+  if (!tables) return BL_NO_MEMORY;
+  std::atomic<int32_t> status{0};
+  run_parallel(threads_for(*problem), tasks, [&](int64_t begin, int64_t end) {
+    const int32_t found = kernels().forward(*problem, plan, begin, end, tables);
+    if (found) status.fetch_or(found);
+  });
+  if (problem->logits.type == BL_F64)
+    combine(problem->threads, *problem, plan, tables, counts, static_cast<double*>(sums));
+  else
+    combine(problem->threads, *problem, plan, tables, counts, static_cast<float*>(sums));
+  free(tables);
+  return status.load();
+}
+
+int32_t blobloss_segment_stats_backward(const bl_problem* problem, const void* grad_sums, void* grad) {
+  const Plan plan = plan_for(*problem);
+  std::atomic<int32_t> status{0};
+  run_parallel(threads_for(*problem), plan.groups * plan.chunks, [&](int64_t begin, int64_t end) {
+    const int32_t found = kernels().backward(*problem, plan, begin, end, grad_sums, grad);
+    if (found) status.fetch_or(found);
+  });
+  return status.load();
+}
+
+int64_t blobloss_largest(const bl_volume* volume, int64_t batch, int64_t voxels, const bl_threads* threads) {
+  static const int64_t kBytes[] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};  // of the types, in their order
+  const int64_t chunks = (voxels + kChunk - 1) / kChunk, rows = batch * volume->channels;
+  std::atomic<int64_t> largest{0};
+  run_parallel(threads_for(*threads, rows * voxels, kParallelVoxels), rows * chunks, [&](int64_t begin, int64_t end) {
+    int64_t most = 0;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / chunks, start = task % chunks * kChunk;
+      const int64_t n = voxels - start < kChunk ? voxels - start : kChunk;
+      const int64_t offset =
+          row / volume->channels * volume->batch_stride + row % volume->channels * volume->channel_stride + start;
+      const char* data = static_cast<const char*>(volume->data) + offset * kBytes[volume->type];
+      const int64_t found = kernels().largest(volume->type, data, n);
+      most = found > most ? found : most;
+    }
+    int64_t seen = largest.load();
+    while (most > seen && !largest.compare_exchange_weak(seen, most)) {
+    }
+  });
+  return largest.load();
+}
+
+void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,
+                       void* value, void* slope) {
+  kernels().evaluate(feature, activation, gamma, is_double, x, n, value, slope);
+}
+
+}  // extern "C"

@@ -1,0 +1,254 @@
+// Blocks of logits, cells and targets in whatever type they have, and gradients back into it.
+#pragma once
+
+#include <limits.h>
+
+#include "voxel_features.h"
+
+namespace blobloss {
+namespace BLOBLOSS_ISA {
+
+// ---------------------------------------------------------------- half precision, by integer arithmetic
+
+BL_INLINE float from_half(uint16_t half) {
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const float scaled = number_of(magnitude) * 5.192296858534828e33f;  // 2^112: the exponents' biases differ by that
+  const bool special = magnitude >= 0x0f800000u;                      // infinity or NaN
+  return number_of((special ? magnitude | 0x7f800000u : bits_of(scaled)) | sign);
+}
+
+BL_INLINE uint16_t to_half(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Adding 2^(e + 13), of the exponent e or of the least normal one, rounds to the bits that half precision has.
+  const uint32_t exponent = magnitude & 0x7f800000u;
+  const uint32_t base = exponent < 0x38800000u ? 0x38800000u : exponent;
+  const float rounder = number_of(base + 0x06800000u);
+  const float rounded = (number_of(magnitude) + rounder) - rounder;
+  const uint32_t scaled = bits_of(rounded * 1.925929944387236e-34f) >> 13;  // 2^-112
+  const uint32_t finite_or_inf = magnitude >= 0x477ff000u ? 0x7c00u : scaled;
+  return static_cast<uint16_t>((magnitude > 0x7f800000u ? 0x7e00u : finite_or_inf) | sign);
+}
+
+BL_INLINE float from_bfloat(uint16_t x) { return number_of(static_cast<uint32_t>(x) << 16); }
+
+BL_INLINE uint16_t to_bfloat(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+// ---------------------------------------------------------------- logits
+
+// The n logits at an offset: read where they lie if that is a whole block of the type computed in, otherwise converted
+// into `buffer` and filled up with zeros.
+template <typename T>
+static const T* load_logits(const bl_volume& volume, int64_t offset, int n, T* __restrict buffer) {
+  switch (volume.type) {
+    case BL_F64:
+    case BL_F32: {
+      const T* from = static_cast<const T*>(volume.data) + offset;  // T is their type
+      if (n == kBlock) return from;
+      for (int i = 0; i < n; ++i) buffer[i] = from[i];
+      break;
+    }
+    case BL_F16: {
+      const uint16_t* __restrict from = static_cast<const uint16_t*>(volume.data) + offset;
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<T>(from_half(from[i]));
+      break;
+    }
+    case BL_BF16: {
+      const uint16_t* __restrict from = static_cast<const uint16_t*>(volume.data) + offset;
+      for (int i = 0; i < n; ++i) buffer[i] = static_cast<T>(from_bfloat(from[i]));
+      break;
+    }
+  }
+  for (int i = n; i < kBlock; ++i) buffer[i] = 0;
+  return buffer;
+}
+
+template <typename T>
+static void store_gradient(int32_t type, void* gradient, int64_t offset, int n, const T* __restrict from) {
+  switch (type) {
+    case BL_F64:
+    case BL_F32:
+      memcpy(static_cast<T*>(gradient) + offset, from, static_cast<size_t>(n) * sizeof(T));
+      break;
+    case BL_F16: {
+      uint16_t* __restrict to = static_cast<uint16_t*>(gradient) + offset;
+      for (int i = 0; i < n; ++i) to[i] = to_half(static_cast<float>(from[i]));
+      break;
+    }
+    case BL_BF16: {
+      uint16_t* __restrict to = static_cast<uint16_t*>(gradient) + offset;
+      for (int i = 0; i < n; ++i) to[i] = to_bfloat(static_cast<float>(from[i]));
+      break;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- cells
+
+template <typename I>
+BL_INLINE int32_t narrow(I id) {
+  if (sizeof(I) <= 4) return static_cast<int32_t>(id);
+  return id < 0 ? -1 : id > INT32_MAX ? INT32_MAX : static_cast<int32_t>(id);
+}
+
+template <typename I>
+static void load_integers(const void* data, int64_t offset, int n, int32_t* __restrict to) {
+  const I* __restrict from = static_cast<const I*>(data) + offset;
+  for (int i = 0; i < n; ++i) to[i] = narrow(from[i]);
+}
+
+static void load_ids(const bl_volume& volume, int64_t offset, int n, int32_t* to) {
+  switch (volume.type) {
+    case BL_U8: load_integers<uint8_t>(volume.data, offset, n, to); break;
+    case BL_I8: load_integers<int8_t>(volume.data, offset, n, to); break;
+    case BL_I16: load_integers<int16_t>(volume.data, offset, n, to); break;
+    case BL_I32: load_integers<int32_t>(volume.data, offset, n, to); break;
+    case BL_I64: load_integers<int64_t>(volume.data, offset, n, to); break;
+  }
+}
+
+// The cells of a block: negative where ignored, otherwise below num_cells.
+struct Cells {
+  const int32_t* ids;
+  bool uniform;  // all the same
+};
+
+BL_INLINE bool is_uniform(const int32_t* __restrict cells) {
+  const int32_t first = cells[0];
+  int32_t different = 0;
+  for (int i = 0; i < kBlock; ++i) different |= cells[i] ^ first;
+  return different == 0;
+}
+
+BL_INLINE int32_t largest_in_block(const int32_t* __restrict cells) {
+  int32_t most = cells[0];
+  for (int i = 0; i < kBlock; ++i) most = cells[i] > most ? cells[i] : most;
+  return most;
+}
+
+// ---------------------------------------------------------------- targets
+
+// A stored value as a number that compares like it.
+BL_INLINE uint8_t value_of(uint8_t x) { return x; }
+BL_INLINE int8_t value_of(int8_t x) { return x; }
+BL_INLINE int16_t value_of(int16_t x) { return x; }
+BL_INLINE int32_t value_of(int32_t x) { return x; }
+BL_INLINE int64_t value_of(int64_t x) { return x; }
+BL_INLINE float value_of(float x) { return x; }
+BL_INLINE double value_of(double x) { return x; }
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+BL_INLINE float value_of(Half x) { return from_half(x.bits); }
+BL_INLINE float value_of(Bfloat x) { return from_bfloat(x.bits); }
+
+template <typename F>
+BL_INLINE int32_t is_class(F value, int32_t classes) {
+  const bool in_range = (value >= 0) & (value < static_cast<F>(classes));
+  return in_range && static_cast<F>(static_cast<int32_t>(value)) == value;
+}
+
+struct Found {
+  int32_t different;  // 0 if all cells are the same
+  int32_t unknown;    // not 0 if a voxel that is not ignored has a value that a target of this kind may not hold
+};
+
+// 2 * id + bit; whatever it is for a negative id, it does not overflow.
+BL_INLINE int32_t twice(int32_t id, int32_t bit) {
+  return static_cast<int32_t>(2u * static_cast<uint32_t>(id) + static_cast<uint32_t>(bit));
+}
+
+// The cells of n voxels, 2 * id + bit: whether each belongs to channel `own` of a class map, or (own = -1) to a binary
+// target.
+template <typename S>
+static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32_t classes,
+                     const int32_t* __restrict ids, int32_t* __restrict cells) {
+  const S* __restrict from = static_cast<const S*>(data) + offset;
+  Found found = {0, 0};
+  if (own < 0) {
+    for (int i = 0; i < n; ++i) {
+      const auto value = value_of(from[i]);
+      const int32_t bit = value != 0, ignored = ids[i] >> 31;  // all bits where it is
+      cells[i] = twice(ids[i], bit) | ignored;
+      found.unknown |= (value != 1 ? bit : 0) & ~ignored;
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const auto value = value_of(from[i]);
+      const int32_t bit = value == static_cast<decltype(value)>(own), ignored = ids[i] >> 31;
+      cells[i] = twice(ids[i], bit) | ignored;
+      found.unknown |= (is_class(value, classes) ? 0 : 1) & ~ignored;
+    }
+  }
+  for (int i = n; i < kBlock; ++i) cells[i] = -1;
+  for (int i = 0; i < kBlock; ++i) found.different |= cells[i] ^ cells[0];
+  return found;
+}
+
+static Found join(const bl_volume& target, int64_t offset, int n, int32_t own, int32_t classes, const int32_t* ids,
+                  int32_t* cells) {
+  const void* data = target.data;
+  switch (target.type) {
+    case BL_BOOL:
+    case BL_U8: return join_as<uint8_t>(data, offset, n, own, classes, ids, cells);
+    case BL_I8: return join_as<int8_t>(data, offset, n, own, classes, ids, cells);
+    case BL_I16: return join_as<int16_t>(data, offset, n, own, classes, ids, cells);
+    case BL_I32: return join_as<int32_t>(data, offset, n, own, classes, ids, cells);
+    case BL_I64: return join_as<int64_t>(data, offset, n, own, classes, ids, cells);
+    case BL_F32: return join_as<float>(data, offset, n, own, classes, ids, cells);
+    case BL_F64: return join_as<double>(data, offset, n, own, classes, ids, cells);
+    case BL_F16: return join_as<Half>(data, offset, n, own, classes, ids, cells);
+    default: return join_as<Bfloat>(data, offset, n, own, classes, ids, cells);
+  }
+}
+
+// ---------------------------------------------------------------- cells from ids and targets
+
+// The cells of n voxels of a sample and channel, read where they lie if they need no change, otherwise written to
+// `buffer` of two blocks, which are filled up with -1. `status` collects what is wrong.
+static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t start, int n,
+                        int32_t* __restrict buffer, int32_t* status) {
+  const bl_volume& cells = problem.cells;
+  const bl_volume& target = problem.target;
+  const int64_t offset = b * cells.batch_stride + c * cells.channel_stride + start;
+  const bool background = problem.channel0 == BL_BACKGROUND && c == 0;
+  const int32_t* ids = buffer;
+  if (cells.type == BL_I32 && !background && n == kBlock) {
+    ids = static_cast<const int32_t*>(cells.data) + offset;
+  } else {
+    load_ids(cells, offset, n, buffer);
+    for (int i = n; i < kBlock; ++i) buffer[i] = -1;
+    if (background)
+      for (int i = 0; i < kBlock; ++i) buffer[i] = buffer[i] > 0 ? 0 : buffer[i];
+  }
+  const int64_t room = target.data ? problem.num_cells / 2 : problem.num_cells;
+  const int32_t capacity = room > INT32_MAX / 2 ? INT32_MAX / 2 : static_cast<int32_t>(room);
+  bool uniform = is_uniform(ids);
+  if ((uniform ? ids[0] : largest_in_block(ids)) >= capacity) {
+    *status |= BL_TOO_LARGE;
+    for (int i = 0; i < kBlock; ++i) buffer[i] = ids[i] >= capacity ? capacity - 1 : ids[i];
+    ids = buffer;
+  }
+  if (target.data) {
+    const int32_t own = target.channels < problem.channels ? static_cast<int32_t>(c) : -1;
+    const int64_t from = b * target.batch_stride + c * target.channel_stride + start;
+    int32_t* cells_of_both = buffer + kBlock;
+    const Found found = join(target, from, n, own, static_cast<int32_t>(problem.channels), ids, cells_of_both);
+    if (found.unknown) *status |= own < 0 ? BL_NOT_BINARY : BL_NOT_A_CLASS;
+    ids = cells_of_both;
+    uniform = found.different == 0;
+  }
+  return {ids, uniform};
+}
+
+}  // namespace BLOBLOSS_ISA
+}  // namespace blobloss

@@ -1,0 +1,241 @@
+// The table of sums and its gradient on the CPU: one read of the logits and the cells forward, one read and one write
+// backward (8 and 12 bytes per voxel at fp32 logits and int32 cells), no temporary larger than a block.
+//
+// A block of 512 voxels that lie in one cell, as nearly all do, is summed and written without looking at its cells again.
+// In the others the background is summed under a mask, and only the voxels of instances are looked at one by one. This
+// file is compiled once for every instruction set, each time in the namespace BLOBLOSS_ISA.
+
+#include "segment_stats.h"
+
+#include "mixed_block.h"
+#include "softmax.h"
+
+namespace blobloss {
+namespace BLOBLOSS_ISA {
+
+// One channel of one block.
+template <typename T>
+static void add_block(const bl_problem& problem, Block<T>& block, const T* z, const Cells& cells, double* table,
+                      int32_t* status) {
+  if (cells.uniform && cells.ids[0] < 0) return;
+  if (problem.activation == BL_NONE) {
+    int32_t outside = 0;
+    for (int i = 0; i < kBlock; ++i) outside |= ((z[i] < 0) | (z[i] > 1)) & (cells.ids[i] >= 0);
+    if (outside) *status |= BL_NOT_A_PROBABILITY;
+  }
+  const int32_t num_features = problem.num_features;
+  evaluate_block<T, false>(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma));
+  if (!cells.uniform) return add_mixed_block(block.out, cells.ids, num_features, table);
+  double* row = table + static_cast<int64_t>(cells.ids[0]) * (1 + num_features);
+  row[0] += kBlock;
+  for (int32_t f = 0; f < num_features; ++f) row[1 + f] += sum_block(block.out[f]);
+}
+
+// The gradient of one channel of one block with respect to z; coefficients [K, F].
+template <typename T>
+static void block_gradient(const bl_problem& problem, Block<T>& block, const T* z, const Cells& labels,
+                           const T* coefficients, T* __restrict grad) {
+  const int32_t num_features = problem.num_features;
+  const int32_t* __restrict cells = labels.ids;
+  if (num_features == 0 || (labels.uniform && cells[0] < 0)) {
+    for (int i = 0; i < kBlock; ++i) grad[i] = 0;
+    return;
+  }
+  evaluate_block<T, true>(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma));
+  if (labels.uniform) {
+    const T* row = coefficients + static_cast<int64_t>(cells[0]) * num_features;
+    for (int32_t f = 0; f < num_features; ++f) {
+      const T* __restrict slope = block.out[f];
+      const T g = row[f];
+      if (f == 0)
+        for (int i = 0; i < kBlock; ++i) grad[i] = g * slope[i];
+      else
+        for (int i = 0; i < kBlock; ++i) grad[i] += g * slope[i];
+    }
+    return;
+  }
+  mixed_gradient(block.out, cells, coefficients, num_features, grad);
+}
+
+// ---------------------------------------------------------------- tasks
+
+template <typename T>
+struct Scratch {
+  Block<T> block;
+  alignas(64) T logits[kBlock];
+  alignas(64) T grad[kBlock];
+  alignas(64) int32_t cells[2 * kBlock];
+};
+
+BL_INLINE int block_size(const bl_problem& problem, int64_t start) {
+  const int64_t left = problem.voxels - start;
+  return left < kBlock ? static_cast<int>(left) : kBlock;
+}
+
+template <typename T>
+static void add_channel_block(const bl_problem& problem, Scratch<T>& scratch, int64_t group, int64_t start,
+                              double* table, int32_t* status) {
+  const int64_t b = group / problem.channels, c = group % problem.channels;
+  if (problem.channel0 == BL_UNUSED && c == 0) return;
+  const int n = block_size(problem, start);
+  const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
+  const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
+  const T* z = load_logits(problem.logits, offset, n, scratch.logits);
+  add_block(problem, scratch.block, z, cells, table, status);
+}
+
+template <typename T>
+static void write_channel_block(const bl_problem& problem, Scratch<T>& scratch, int64_t group, int64_t start,
+                                const T* grad_sums, void* grad) {
+  const int64_t b = group / problem.channels, c = group % problem.channels;
+  const int n = block_size(problem, start);
+  const int64_t to = group * problem.voxels + start;
+  const bool in_place = n == kBlock && problem.logits.type == (sizeof(T) == 8 ? BL_F64 : BL_F32);
+  T* out = in_place ? static_cast<T*>(grad) + to : scratch.grad;
+  if (problem.channel0 == BL_UNUSED && c == 0) {
+    for (int i = 0; i < kBlock; ++i) out[i] = 0;
+  } else {
+    int32_t ignored_status = 0;  // the forward pass has raised
+    const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, &ignored_status);
+    const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
+    const T* z = load_logits(problem.logits, offset, n, scratch.logits);
+    const T* coefficients = grad_sums + group * problem.num_cells * problem.num_features;
+    block_gradient(problem, scratch.block, z, cells, coefficients, out);
+  }
+  if (!in_place) store_gradient(problem.logits.type, grad, to, n, out);
+}
+
+template <typename T>
+static void add_softmax_block(const bl_problem& problem, Scratch<T>& scratch, Softmax<T>& softmax, int64_t b,
+                              int64_t start, const Plan& plan, double* table, int32_t* status) {
+  const int n = block_size(problem, start);
+  softmax.load(problem, b, start, n);
+  for (int64_t c = softmax.first(problem); c < problem.channels; ++c) {
+    const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
+    softmax.pre_activation(c, scratch.logits);
+    add_block(problem, scratch.block, scratch.logits, cells, table + c * problem.num_cells * plan.row, status);
+  }
+}
+
+template <typename T>
+static void write_softmax_block(const bl_problem& problem, Scratch<T>& scratch, Softmax<T>& softmax, int64_t b,
+                                int64_t start, const T* grad_sums, void* grad) {
+  const int n = block_size(problem, start);
+  softmax.load(problem, b, start, n);
+  softmax.clear_gradient();
+  for (int64_t c = softmax.first(problem); c < problem.channels; ++c) {
+    int32_t ignored_status = 0;
+    const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, &ignored_status);
+    softmax.pre_activation(c, scratch.logits);
+    const T* coefficients = grad_sums + (b * problem.channels + c) * problem.num_cells * problem.num_features;
+    block_gradient(problem, scratch.block, scratch.logits, cells, coefficients, scratch.grad);
+    softmax.add_gradient(c, scratch.grad, cells.ids);
+  }
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    softmax.gradient(c, c >= softmax.first(problem), scratch.grad);
+    store_gradient(problem.logits.type, grad, (b * problem.channels + c) * problem.voxels + start, n, scratch.grad);
+  }
+}
+
+template <typename T>
+static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables) {
+  int32_t status = 0;
+  Scratch<T> scratch;
+  Softmax<T> softmax(problem);
+  if (!softmax.has_memory()) return BL_NO_MEMORY;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / plan.slabs;
+    double* table = tables + task * plan.channels * problem.num_cells * plan.row;
+    for (int64_t chunk = task % plan.slabs; chunk < plan.chunks; chunk += plan.slabs) {
+      const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
+      for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
+        if (problem.activation == BL_SOFTMAX)
+          add_softmax_block(problem, scratch, softmax, group, start, plan, table, &status);
+        else
+          add_channel_block(problem, scratch, group, start, table, &status);
+      }
+    }
+  }
+  return status;
+}
+
+template <typename T>
+static int32_t backward(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end,
+                        const void* grad_sums, void* grad) {
+  Scratch<T> scratch;
+  Softmax<T> softmax(problem);
+  if (!softmax.has_memory()) return BL_NO_MEMORY;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / plan.chunks, chunk = task % plan.chunks;
+    const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
+    for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
+      if (problem.activation == BL_SOFTMAX)
+        write_softmax_block(problem, scratch, softmax, group, start, static_cast<const T*>(grad_sums), grad);
+      else
+        write_channel_block(problem, scratch, group, start, static_cast<const T*>(grad_sums), grad);
+    }
+  }
+  return 0;
+}
+
+static int32_t forward_any(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables) {
+  return problem.logits.type == BL_F64 ? forward<double>(problem, plan, begin, end, tables)
+                                       : forward<float>(problem, plan, begin, end, tables);
+}
+
+static int32_t backward_any(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end,
+                            const void* grad_sums, void* grad) {
+  return problem.logits.type == BL_F64 ? backward<double>(problem, plan, begin, end, grad_sums, grad)
+                                       : backward<float>(problem, plan, begin, end, grad_sums, grad);
+}
+
+// ---------------------------------------------------------------- the rest
+
+template <typename I>
+static int64_t largest_of(const void* data, int64_t n) {
+  const I* __restrict ids = static_cast<const I*>(data);
+  I most = 0;
+  for (int64_t i = 0; i < n; ++i) most = ids[i] > most ? ids[i] : most;
+  return static_cast<int64_t>(most);
+}
+
+static int64_t largest(int32_t type, const void* data, int64_t n) {
+  switch (type) {
+    case BL_U8: return largest_of<uint8_t>(data, n);
+    case BL_I8: return largest_of<int8_t>(data, n);
+    case BL_I16: return largest_of<int16_t>(data, n);
+    case BL_I32: return largest_of<int32_t>(data, n);
+    default: return largest_of<int64_t>(data, n);
+  }
+}
+
+template <typename T>
+static void evaluate_as(int32_t feature, int32_t activation, T gamma, const T* x, int64_t n, T* value, T* slope) {
+  Block<T> block;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = n - start < kBlock ? n - start : kBlock;
+    for (int64_t i = 0; i < kBlock; ++i) block.z[i] = i < size ? x[start + i] : T(0);
+    evaluate_block<T, false>(block, block.z, &feature, 1, activation, gamma);
+    memcpy(value + start, block.out[0], static_cast<size_t>(size) * sizeof(T));
+    evaluate_block<T, true>(block, block.z, &feature, 1, activation, gamma);
+    memcpy(slope + start, block.out[0], static_cast<size_t>(size) * sizeof(T));
+  }
+}
+
+static void evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,
+                     void* value, void* slope) {
+  if (is_double)
+    evaluate_as(feature, activation, gamma, static_cast<const double*>(x), n, static_cast<double*>(value),
+                static_cast<double*>(slope));
+  else
+    evaluate_as(feature, activation, static_cast<float>(gamma), static_cast<const float*>(x), n,
+                static_cast<float*>(value), static_cast<float*>(slope));
+}
+
+#define BL_STRING_OF(name) #name
+#define BL_STRING(name) BL_STRING_OF(name)
+
+extern const Kernels kernels = {BL_STRING(BLOBLOSS_ISA), forward_any, backward_any, largest, evaluate};
+
+}  // namespace BLOBLOSS_ISA
+}  // namespace blobloss

@@ -1,0 +1,45 @@
+// What library.cpp knows of the kernels, which are compiled once for every instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "blobloss.h"
+
+namespace blobloss {
+
+// How a problem is cut: by its shape alone, never by the number of threads, so that results do not depend on that.
+struct Plan {
+  int64_t groups;    // (sample, channel) pairs, or samples where a softmax needs all channels of a voxel together
+  int64_t channels;  // of a group
+  int64_t slabs;     // parts of a group's volume that are summed apart, each into a table of its own
+  int64_t chunks;    // runs of kChunk voxels; chunk j belongs to slab j % slabs, which evens out dense regions
+  int64_t row;       // doubles per cell of a table: the count, then the sums
+};
+
+constexpr int64_t kChunk = 8192;
+
+// The kernels work through tasks [begin, end) and return what bl_status says.
+struct Kernels {
+  const char* name;
+  // Task g * slabs + s adds slab s of group g into tables[task], [channels, num_cells, row], which is zero before.
+  int32_t (*forward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables);
+  // Task g * chunks + j writes the gradient in chunk j of group g.
+  int32_t (*backward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, const void* grad_sums,
+                      void* grad);
+  // The largest of `n` integers, at least 0.
+  int64_t (*largest)(int32_t type, const void* data, int64_t n);
+  void (*evaluate)(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,
+                   void* value, void* slope);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace blobloss
