@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _ops
+from .kernels import native
 
 
 def backends() -> dict[str, str]:
@@ -17,10 +18,12 @@ def backends() -> dict[str, str]:
         Never.
 
     Example:
-        >>> backends()["cpu"]
-        'reference (pure PyTorch)'
+        >>> backends()["cpu"].split()[0] in ("native", "reference")
+        True
     """
     reference = "reference (pure PyTorch)"
+    why_not = native.why_not()
+    cpu = f"native ({native.isa()})" if why_not is None else f"{reference}: {why_not}"
     if not _ops.has_triton():
         cuda = (
             f"{reference}: Triton is not installed; it comes with the CUDA and ROCm builds of PyTorch for Linux, and "
@@ -30,4 +33,4 @@ def backends() -> dict[str, str]:
         cuda = "triton, but this PyTorch sees no CUDA or ROCm device"
     else:
         cuda = "triton; instances of a bare mask are found on the CPU"
-    return {"cpu": reference, "cuda": cuda, "other": reference}
+    return {"cpu": cpu, "cuda": cuda, "other": reference}

@@ -95,20 +95,17 @@ def volume(name: str, value: Tensor) -> None:
 
 def matching(name: str, value: Tensor, like: Tensor, channels: Collection[int]) -> None:
     """Require the batch, device and spatial shape of the logits, and one of the given numbers of channels."""
-    expected = " or ".join(str(c) for c in dict.fromkeys(channels))
-    if value.ndim == like.ndim - 1 and value.shape[1:] == like.shape[2:]:
+    shape, expected = value.shape, like.shape
+    if len(shape) != len(expected) or shape[0] != expected[0] or shape[2:] != expected[2:]:
+        wanted = " or ".join(str(c) for c in dict.fromkeys(channels))
+        lacks_axis = len(shape) == len(expected) - 1 and shape[1:] == expected[2:]
         raise ValueError(
-            f"{name} must be [B, {expected}, *spatial] matching logits {list(like.shape)}; got {list(value.shape)}: "
-            f"add a channel axis with {name}[:, None]"
+            f"{name} must be [B, {wanted}, *spatial] matching logits {list(expected)}; got {list(shape)}"
+            + (f": add a channel axis with {name}[:, None]" if lacks_axis else "")
         )
-    if value.ndim != like.ndim or value.shape[0] != like.shape[0] or value.shape[2:] != like.shape[2:]:
-        raise ValueError(
-            f"{name} must be [B, {expected}, *spatial] matching logits {list(like.shape)}; got {list(value.shape)}"
-        )
-    if value.shape[1] not in channels:
-        raise ValueError(
-            f"{name} must have {expected} channel(s) for logits {list(like.shape)}; got {list(value.shape)}"
-        )
+    if shape[1] not in channels:
+        wanted = " or ".join(str(c) for c in dict.fromkeys(channels))
+        raise ValueError(f"{name} must have {wanted} channel(s) for logits {list(expected)}; got {list(shape)}")
     if value.device != like.device:
         raise RuntimeError(
             f"{name} must be on the device of the logits, {like.device}; got {value.device}: "

@@ -17,23 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import labels, reference
-from .kernels.finish import LossSpec, finish, finish_backward
-from .kernels.layout import features_of
+from .kernels import finish, labels, native, reference
+from .kernels.finish import decode
 
 _LIBRARY = torch.library.Library("blobloss_fast", "DEF")
 _STATS_OPTIONS = "str[] features, str activation, float gamma"
-_LOSS_OPTIONS = (
-    "str activation, float gamma, float[] main_rows, float[] blob_rows, float main_weight, float blob_weight, "
-    "str masking, str channel0, str reduction"
-)
+_LOSS_OPTIONS = "float main_weight, float blob_weight, str options"  # kernels.finish.decode
 _LOSS_INPUTS = "Tensor logits, Tensor instances, Tensor? target"
 
 _LIBRARY.define(f"segment_stats(Tensor logits, Tensor cells, SymInt num_cells, {_STATS_OPTIONS}) -> (Tensor, Tensor)")
 _LIBRARY.define(f"segment_stats_backward(Tensor grad_sums, Tensor logits, Tensor cells, {_STATS_OPTIONS}) -> Tensor")
 _LIBRARY.define(f"blob_loss({_LOSS_INPUTS}, SymInt max_instances, {_LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    f"blob_loss_backward(Tensor grad, {_LOSS_INPUTS}, Tensor counts, Tensor sums, {_LOSS_OPTIONS}) -> Tensor"
+    f"blob_loss_backward(Tensor grad, {_LOSS_INPUTS}, Tensor counts, Tensor saved, {_LOSS_OPTIONS}) -> Tensor"
 )
 _LIBRARY.define("connected_components(Tensor mask, int connectivity) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -41,6 +37,12 @@ _LIBRARY.define(
 )
 
 _ops = torch.ops.blobloss_fast
+segment_stats = _ops.segment_stats.default
+segment_stats_backward = _ops.segment_stats_backward.default
+blob_loss = _ops.blob_loss.default
+blob_loss_backward = _ops.blob_loss_backward.default
+connected_components = _ops.connected_components.default
+label_target = _ops.label_target.default
 
 # ---------------------------------------------------------------- kernels, written once for every backend module
 
@@ -58,24 +60,28 @@ def _register(backend: Callable[[], ModuleType], key: str) -> None:
         )
 
     def blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
-        spec = LossSpec(*options)
-        features = features_of(spec.main_rows, spec.blob_rows)
+        spec, features = decode(*options)
         num_cells = _num_cells(max_instances, target)
         counts, sums = backend().segment_stats_forward(
             logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
         )
-        return finish(counts, sums, features, target is not None, spec), counts, sums
+        loss, saved = _finish_of(backend()).finish(counts, sums, features, target is not None, spec)
+        return loss, counts, saved
 
-    def blob_loss_backward(grad, logits, instances, target, counts, sums, *options):  # type: ignore[no-untyped-def]
-        spec = LossSpec(*options)
-        features = features_of(spec.main_rows, spec.blob_rows)
-        grad_sums = finish_backward(grad, counts, sums, features, target is not None, spec)
+    def blob_loss_backward(grad, logits, instances, target, counts, saved, *options):  # type: ignore[no-untyped-def]
+        spec, features = decode(*options)
+        grad_sums = _finish_of(backend()).finish_backward(grad, counts, saved, features, target is not None, spec)
         return backend().segment_stats_backward(
             grad_sums, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0
         )
 
     for kernel in (segment_stats, segment_stats_backward, blob_loss, blob_loss_backward):
         _LIBRARY.impl(kernel.__name__, kernel, key)
+
+
+def _finish_of(backend: ModuleType) -> ModuleType:
+    """Who turns a table into the loss: the backend, if it brings that, or else PyTorch."""
+    return backend if hasattr(backend, "finish") else finish
 
 
 def has_triton() -> bool:
@@ -93,7 +99,14 @@ def _for_cuda() -> ModuleType:
     return triton_segment_stats
 
 
+@functools.cache
+def _for_cpu() -> ModuleType:
+    """The native library, loaded at the first CPU tensor, or the reference where it could not be built."""
+    return native if native.available() else reference
+
+
 _register(lambda: reference, "CompositeExplicitAutograd")
+_register(lambda: _for_cpu(), "CPU")  # looked up at every call, so that a test or a benchmark may put another one there
 _register(_for_cuda, "CUDA")
 _LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
 _LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
@@ -119,11 +132,10 @@ def _fake_segment_stats(logits, cells, num_cells, features, activation, gamma): 
 
 
 def _fake_blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
-    spec = LossSpec(*options)
-    features = features_of(spec.main_rows, spec.blob_rows)
-    counts, sums = _fake_table(logits, _num_cells(max_instances, target), len(features))
+    spec, features = decode(*options)
+    counts, saved = _fake_table(logits, _num_cells(max_instances, target), len(features))
     shapes = {"none": logits.shape[:2], "terms": (2,), "instances": (*logits.shape[:2], max_instances)}
-    return sums.new_empty(shapes.get(spec.reduction, ())), counts, sums
+    return saved.new_empty(shapes.get(spec.reduction, ())), counts, saved
 
 
 def _fake_gradient(grad, logits, *rest):  # type: ignore[no-untyped-def]
@@ -153,13 +165,21 @@ for _name, _fake in _FAKES.items():
 # ---------------------------------------------------------------- autograd
 
 
+def _gradient(operator: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call the backward operator; past autograd, which takes as long as all else here, unless that is recording."""
+    if torch.is_grad_enabled():  # with create_graph=True
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 class SegmentStatsFunction(torch.autograd.Function):
     """The differentiable table of sums."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, cells: Tensor, num_cells: int, *options: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            sums, counts = _ops.segment_stats(logits, cells, num_cells, *options)
+            sums, counts = segment_stats(logits, cells, num_cells, *options)
         ctx.save_for_backward(logits, cells)
         ctx.options = options
         ctx.mark_non_differentiable(counts)
@@ -167,7 +187,7 @@ class SegmentStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _ops.segment_stats_backward(grad_sums, *ctx.saved_tensors, *ctx.options)
+        grad = _gradient(segment_stats_backward, grad_sums, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, *(None for _ in ctx.options)
 
 
@@ -179,15 +199,15 @@ class BlobLossFunction(torch.autograd.Function):
         ctx: Any, logits: Tensor, instances: Tensor, target: Tensor | None, max_instances: int, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, counts, sums = _ops.blob_loss(logits, instances, target, max_instances, *options)
-        ctx.save_for_backward(logits, instances, target, counts, sums)
+            loss, counts, saved = blob_loss(logits, instances, target, max_instances, *options)
+        ctx.save_for_backward(logits, instances, target, counts, saved)
         ctx.options = options
-        ctx.mark_non_differentiable(counts, sums)
-        return loss, counts, sums
+        ctx.mark_non_differentiable(counts, saved)
+        return loss, counts, saved
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _ops.blob_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+        grad = _gradient(blob_loss_backward, grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, *(None for _ in ctx.options)
 
 
@@ -195,9 +215,9 @@ class _OnceDifferentiable(torch.autograd.Function):
     """A gradient that says clearly that it has no gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *args: Any) -> Tensor:
+    def forward(ctx: Any, operator: Callable[..., Tensor], *args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(_ops, name)(*args)
+            return operator(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -213,10 +233,5 @@ def _autograd(function: type[torch.autograd.Function], *leading: Any) -> Any:
 
 _LIBRARY.impl("segment_stats", _autograd(SegmentStatsFunction), "Autograd")
 _LIBRARY.impl("blob_loss", _autograd(BlobLossFunction), "Autograd")
-_LIBRARY.impl("segment_stats_backward", _autograd(_OnceDifferentiable, "segment_stats_backward"), "Autograd")
-_LIBRARY.impl("blob_loss_backward", _autograd(_OnceDifferentiable, "blob_loss_backward"), "Autograd")
-
-segment_stats = _ops.segment_stats.default
-blob_loss = _ops.blob_loss.default
-connected_components = _ops.connected_components.default
-label_target = _ops.label_target.default
+_LIBRARY.impl("segment_stats_backward", _autograd(_OnceDifferentiable, segment_stats_backward), "Autograd")
+_LIBRARY.impl("blob_loss_backward", _autograd(_OnceDifferentiable, blob_loss_backward), "Autograd")

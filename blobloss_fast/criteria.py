@@ -16,10 +16,10 @@ Example:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import _checks
-from .kernels.layout import COLUMNS, COUNT, ROW_SIZE
+from .kernels.layout import COLUMNS, COUNT, ROW_SIZE, rows_as_text
 
 Terms = dict[tuple[str, str], float]
 
@@ -37,12 +37,17 @@ class Criterion:
         rows: the coefficients, flat, as ``kernels.layout`` describes them.
         gamma: the focal exponent, None where no row is focal.
         own_class: whether the criterion is -log p of a voxel's own class (``cross_entropy``).
+        text: the rows and the exponent as one line, for the operators.
     """
 
     name: str
     rows: tuple[float, ...]
     gamma: float | None = None
     own_class: bool = False
+    text: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", rows_as_text(self.rows, self.gamma))  # frozen
 
     def __add__(self, other: Criterion) -> Criterion:
         if not isinstance(other, Criterion):

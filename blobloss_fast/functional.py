@@ -230,19 +230,14 @@ def compute(
         max_instances=options.max_instances,
         wants_blob=wants_blob,
     )
+    rows = [main_criterion.text if wants_main else "", criterion.text if wants_blob else ""]
     loss, counts, _ = _ops.blob_loss(
         logits,
         labels.instances,
         labels.target,
         labels.max_instances,
-        options.activation,
-        common_gamma(criterion, main_criterion) or 0.0,
-        list(main_criterion.rows) if wants_main else [],
-        list(criterion.rows) if wants_blob else [],
         1.0 if reduction == "terms" else options.main_weight,
         1.0 if reduction == "terms" else options.blob_weight,
-        options.masking,
-        labels.channel0,
-        reduction,
+        "|".join((options.activation, options.masking, labels.channel0, reduction, *rows)),
     )
     return loss, labels, counts

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from .criteria import Criterion
@@ -85,6 +88,7 @@ class BlobLoss(nn.Module):
     reduction: str
     ignore_index: int | None
     max_instances: int | None
+    _checked: Options | None
 
     def __init__(
         self,
@@ -109,8 +113,19 @@ class BlobLoss(nn.Module):
         for name, value in options.checked()._asdict().items():
             setattr(self, name, value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in Options._fields:
+            self.__dict__["_checked"] = None
+
     def _options(self) -> Options:
-        return Options(*[getattr(self, name) for name in Options._fields]).checked()
+        """Return the checked options; they are checked once, and again after one of them was set."""
+        options = self._checked
+        if options is None:
+            options = Options(*[getattr(self, name) for name in Options._fields]).checked()
+            if not torch.compiler.is_compiling():  # a traced call is not to change the module
+                self.__dict__["_checked"] = options
+        return options
 
     def forward(self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None) -> Tensor:
         """Return the loss.

@@ -1,5 +1,18 @@
-"""Shared checks are rewritten like tests, so that their asserts explain themselves."""
+"""What the test files share: asserts that explain themselves, and both backends of the CPU."""
 
 import pytest
 
 pytest.register_assert_rewrite("tests.blob_loss_checks", "tests.tolerances")
+
+
+@pytest.fixture(params=["native", "reference"])
+def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test on the native library and on its fallback: `pytestmark = pytest.mark.usefixtures("cpu_backend")`."""
+    from blobloss_fast import _ops
+    from blobloss_fast.kernels import native, reference
+
+    if request.param == "native" and not native.available():
+        pytest.skip(native.why_not() or "")
+    module = {"native": native, "reference": reference}[request.param]
+    monkeypatch.setattr(_ops, "_for_cpu", lambda: module)
+    return request.param

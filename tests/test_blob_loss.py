@@ -24,6 +24,8 @@ from .blob_loss_checks import (
 )
 from .tolerances import assert_fp64
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 # ---------------- the matrix
 
 

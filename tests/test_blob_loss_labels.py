@@ -12,6 +12,8 @@ from . import oracle, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, DICE, check, criterion_of, pair, random_grad
 from .tolerances import FP64, assert_fp64, error
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TARGETS = (torch.bool, *INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,6 +14,8 @@ from . import scenes
 from .blob_loss_checks import COMPOUND, criterion_of, value_and_gradient
 from .tolerances import assert_fp64
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 
 @pytest.mark.parametrize("masking", scenes.MASKINGS)
 @pytest.mark.parametrize("activation", scenes.ACTIVATIONS)

@@ -35,6 +35,8 @@ from .compat_cases import (
 )
 from .tolerances import error
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings():

@@ -17,7 +17,8 @@ KERNELS = "blobloss_fast.kernels."
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(blobloss_fast.__path__, "blobloss_fast.")
-    if not name.startswith(KERNELS + "triton") and not name.endswith("__main__")
+    if not name.startswith(KERNELS + "triton")
+    and not name.endswith(("__main__", "_native"))  # the native library is no module
 ]
 PUBLIC = [getattr(blobloss_fast, name) for name in blobloss_fast.__all__ if name not in ("criteria", "compat")]
 CRITERIA = [criteria.dice, criteria.jaccard, criteria.tversky, criteria.bce, criteria.cross_entropy, criteria.focal]

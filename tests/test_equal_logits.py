@@ -10,6 +10,8 @@ from blobloss_fast.kernels.layout import FEATURES
 
 from . import oracle
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 
 @pytest.mark.parametrize("cell", [0, 1])
 @pytest.mark.parametrize("logit", [-8.0, -3.0, 0.0, 2.3])

@@ -11,6 +11,8 @@ from blobloss_fast.kernels.layout import FEATURES
 
 from . import scenes
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 CRITERIA = {
     "dice": criteria.dice(),
     "squared_dice": criteria.dice(squared=True),

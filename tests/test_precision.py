@@ -16,6 +16,8 @@ from . import oracle, scenes
 from .blob_loss_checks import CRITERIA, criterion_of
 from .tolerances import FLOOR, TIMES_PLAIN, assert_fp64, error, relative_to_largest
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = math.inf, math.nan
 OVERLAPS = ("dice", "squared_dice", "jaccard", "tversky")
@@ -336,6 +338,7 @@ def test_the_watch_for_fp64_works():
     assert len(watch.seen) > 1  # it looked into the operator
 
 
+@pytest.mark.parametrize("cpu_backend", ["reference"], indirect=True)  # C++ adds up in fp64: no device is in its way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
 def test_no_fp64_for_lower_precision(activation, dtype):
@@ -357,6 +360,7 @@ def test_no_fp64_for_lower_precision(activation, dtype):
             assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("cpu_backend", ["reference"], indirect=True)
 @pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
 def test_no_fp64_in_segment_stats(activation):
     scene = scenes.scene(3, 2, "ignored", activation).to(torch.float32)

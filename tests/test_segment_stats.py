@@ -20,10 +20,13 @@ TARGETS = (torch.bool, *INTEGERS, torch.float16, torch.bfloat16, torch.float32, 
 INF = math.inf
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "native"])
 def backend(request) -> ModuleType:
     """A module with ``segment_stats_forward`` and ``segment_stats_backward``."""
-    return import_module(f"blobloss_fast.kernels.{request.param}")
+    module = import_module(f"blobloss_fast.kernels.{request.param}")
+    if request.param == "native" and not module.available():
+        pytest.skip(module.why_not())
+    return module
 
 
 def random_grad(*shape: int) -> Tensor:
@@ -372,6 +375,20 @@ def test_reference_where_reading_a_value_would_be_a_wait(monkeypatch, activation
     """On another device than the CPU every voxel is listed, since counting the foreground would synchronise."""
     reference = import_module("blobloss_fast.kernels.reference")
     monkeypatch.setattr(reference, "_on_host", lambda tensor: False)
+    for scene in scenes.telling_scenes(activation):
+        ids, target, num_cells = kernel_scene(scene, labels)
+        arguments = (scene.logits, ids, target, num_cells, FEATURES, activation, 2.0, channel0)
+        check(run(reference, *arguments), truth(*arguments), scene.name)
+
+
+@pytest.mark.parametrize("channel0", ["class", "background", "unused"])
+@pytest.mark.parametrize("labels", ["ids", "binary", "classes"])
+@pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
+def test_reference_in_many_spans(monkeypatch, activation, labels, channel0):
+    """On a CPU a volume is worked on in spans; some hold no instance, and only some ignored voxels."""
+    reference = import_module("blobloss_fast.kernels.reference")
+    monkeypatch.setattr(reference, "_SPAN_SIZE", 32)
+    monkeypatch.setattr(reference, "_ROW_ENTRIES", 8)
     for scene in scenes.telling_scenes(activation):
         ids, target, num_cells = kernel_scene(scene, labels)
         arguments = (scene.logits, ids, target, num_cells, FEATURES, activation, 2.0, channel0)

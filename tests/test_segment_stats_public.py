@@ -12,6 +12,8 @@ from . import scenes
 from .test_segment_stats import check, random_grad, truth
 from .tolerances import assert_fp64
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 
 @pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
 def test_public_function_against_the_oracle(activation):

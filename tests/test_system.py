@@ -12,7 +12,10 @@ from blobloss_fast import BlobLoss, blob_loss, criteria, segment_stats
 from blobloss_fast.functional import Options
 
 # raised inside PyTorch's own compiler
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("cpu_backend"),
+]
 
 FEATURES = ["prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg"]
 
@@ -33,8 +36,8 @@ def loss_and_grad(loss, logits, *labels, **keywords):
 
 def operator_options(reduction="mean", activation="sigmoid", channel0="class", masking="none"):
     options = Options(criteria.dice() + criteria.focal(1.5)).checked()
-    rows = list(options.criterion.rows)
-    return (activation, 1.5, rows, rows, 1.0, 2.0, masking, channel0, reduction)
+    rows = options.criterion.text
+    return (1.0, 2.0, "|".join((activation, masking, channel0, reduction, rows, rows)))
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
@@ -211,6 +214,7 @@ def test_options_are_attributes_that_a_schedule_may_change():
 @pytest.mark.parametrize("criterion", [criteria.dice(), criteria.bce(), criteria.focal()], ids=repr)
 def test_invalid_labels_poison_loss_and_gradient_where_they_cannot_raise(monkeypatch, criterion):
     """What a device does whose values the host must not read: a gradient scaler has to notice, too."""
+    monkeypatch.setattr(blobloss_fast._ops, "_for_cpu", lambda: blobloss_fast.kernels.reference)
     monkeypatch.setattr(blobloss_fast.kernels.reference, "_on_host", lambda tensor: False)
     logits, _ = volume()
     ids = torch.zeros(logits.shape, dtype=torch.int64)
@@ -244,10 +248,11 @@ def test_no_grad_and_frozen_logits():
 def test_one_pass_over_the_volume_each_way(monkeypatch):
     """Whatever the compound and the weights, the kernels run once forward and once backward."""
     calls = []
+    backend = blobloss_fast._ops._for_cpu()
     for name in ("segment_stats_forward", "segment_stats_backward"):
-        kernel = getattr(blobloss_fast.kernels.reference, name)
+        kernel = getattr(backend, name)
         monkeypatch.setattr(
-            blobloss_fast.kernels.reference,
+            backend,
             name,
             lambda *args, _kernel=kernel, _name=name: calls.append(_name) or _kernel(*args),
         )
@@ -259,6 +264,9 @@ def test_one_pass_over_the_volume_each_way(monkeypatch):
 
 def test_backends_names_every_kind_of_device():
     found = blobloss_fast.backends()
-    assert found["cpu"].startswith("reference")
+    native = blobloss_fast.kernels.native
+    assert found["cpu"] == (
+        f"native ({native.isa()})" if native.available() else f"reference (pure PyTorch): {native.why_not()}"
+    )
     assert set(found) == {"cpu", "cuda", "other"}
     assert ("Triton is not installed" in found["cuda"]) != found["cuda"].startswith("triton")

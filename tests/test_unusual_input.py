@@ -21,6 +21,8 @@ from blobloss_fast import (
 
 from .test_errors import CLASSES, IDS, IDS3, INF, LOGITS, LOGITS3, MASK, NAN
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 
 def result(logits: Tensor, *labels: Tensor | None, **options: Any) -> list[Tensor]:
     """Loss, terms, instance losses that exist, and gradient."""

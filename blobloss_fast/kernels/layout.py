@@ -11,6 +11,8 @@ and is stored as ``ROW_SIZE`` floats: weight, offset, n_0, d_0, then n_j for eve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 FEATURES = ("prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg")
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 MASKINGS = ("exclude", "zero_prob", "zero_logit", "none")
@@ -42,12 +44,12 @@ NOT_A_PROBABILITY = (
 )
 
 
-def rows_of(flat: list[float]) -> list[list[float]]:
-    """Split the flat list that an operator receives into rows."""
+def rows_of(flat: Sequence[float]) -> list[Sequence[float]]:
+    """Split the flat rows that an operator receives."""
     return [flat[i : i + ROW_SIZE] for i in range(0, len(flat), ROW_SIZE)]
 
 
-def row_terms(row: list[float]) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+def row_terms(row: Sequence[float]) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
     """Return the non-zero coefficients of a row's numerator and denominator, by (side, stat).
 
     Only these are ever read: an unread sum may be infinite, and 0 * inf would poison the loss.
@@ -60,7 +62,21 @@ def row_terms(row: list[float]) -> tuple[dict[tuple[str, str], float], dict[tupl
     )
 
 
-def features_of(*rows: list[float]) -> tuple[str, ...]:
+def rows_as_text(rows: Sequence[float], gamma: float | None) -> str:
+    """Write rows, and the focal exponent that they mean, as one line: how an operator is given them.
+
+    A string costs an operator call a fraction of what a list of numbers does.
+    """
+    return ",".join(map(repr, (0.0 if gamma is None else gamma, *rows)))
+
+
+def rows_from_text(text: str) -> tuple[float, tuple[float, ...]]:
+    """Return the focal exponent and the flat rows of a line; an empty one has no row."""
+    gamma, *rows = map(float, text.split(",")) if text else (0.0,)
+    return gamma, tuple(rows)
+
+
+def features_of(*rows: Sequence[float]) -> tuple[str, ...]:
     """Return the features that a set of flat row lists reads, in table order."""
     read = {stat for flat in rows for row in rows_of(flat) for terms in row_terms(row) for _, stat in terms}
     return tuple(feature for feature in FEATURES if feature in read)
