@@ -63,17 +63,23 @@ BL_INLINE int32_t count_cell(const int32_t* cells, int32_t cell) {
   return count;
 }
 
+BL_INLINE int32_t first_instance(const int32_t* cells) {
+  for (int start = 0; start < kBlock; start += kGroup) {
+    for (uint32_t left = ~equal_to(cells + start, 0); left; left &= left - 1) {
+      const int32_t cell = cells[start + __builtin_ctz(left)];
+      if (cell > 0) return cell;
+    }
+  }
+  return 0;
+}
+
 static void look_at(const int32_t* cells, Mixture& mixture) {
-  mixture.instance = mixture.num_instance = 0;
-  mixture.num_rest = list_others(cells, 0, mixture.rest);
-  mixture.num_background = kBlock - mixture.num_rest;
-  if (mixture.num_rest < kMany) return;
-  const int32_t candidate = cells[mixture.rest[mixture.num_rest / 2]];
-  const int32_t count = candidate > 0 ? count_cell(cells, candidate) : 0;
-  if (2 * count < mixture.num_rest) return;
-  mixture.instance = candidate;
-  mixture.num_instance = count;
-  mixture.num_rest = list_others(cells, candidate, mixture.rest);
+  const int32_t first = first_instance(cells);
+  const int32_t count = first ? count_cell(cells, first) : 0;
+  mixture.instance = count >= kMany ? first : 0;
+  mixture.num_instance = mixture.instance ? count : 0;
+  mixture.num_rest = list_others(cells, mixture.instance, mixture.rest);
+  mixture.num_background = kBlock - mixture.num_instance - mixture.num_rest;
 }
 
 // ---------------------------------------------------------------- sums

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
 from blobloss_fast import BlobLoss, _ops, criteria
-from blobloss_fast.kernels import reference, triton_segment_stats
+from blobloss_fast.kernels import triton_segment_stats
 
 from . import scenes
 from .blob_loss_checks import COMPOUND, check
@@ -34,7 +34,9 @@ def launches(monkeypatch) -> list[str]:
     calls: list[str] = []
     for name in KERNELS:
         kernel = getattr(triton_segment_stats, name)
-        monkeypatch.setattr(reference, name, lambda *a, _kernel=kernel, _name=name: calls.append(_name) or _kernel(*a))
+        counting = lambda *a, _kernel=kernel, _name=name: calls.append(_name) or _kernel(*a)  # noqa: E731
+        monkeypatch.setattr(triton_segment_stats, name, counting)
+    monkeypatch.setattr(_ops, "_for_cpu", lambda: triton_segment_stats)
     return calls
 
 
