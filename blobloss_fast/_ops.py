@@ -105,6 +105,11 @@ def _for_cpu() -> ModuleType:
     return native if native.available() else reference
 
 
+def finds_large_ids(logits: Tensor) -> bool:
+    """Whether an id beyond the capacity raises ``IdTooLargeError``, early, for such logits."""
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling() and _for_cpu() is native
+
+
 _register(lambda: reference, "CompositeExplicitAutograd")
 _register(lambda: _for_cpu(), "CPU")  # looked up at every call, so that a test or a benchmark may put another one there
 _register(_for_cuda, "CUDA")
@@ -183,11 +188,14 @@ class SegmentStatsFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, cells)
         ctx.options = options
         ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)  # a gradient that there is not is None, rather than zeros made for it
         return sums, counts
 
     @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _gradient(segment_stats_backward, grad_sums, *ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, grad_sums: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = None
+        if grad_sums is not None:
+            grad = _gradient(segment_stats_backward, grad_sums, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, *(None for _ in ctx.options)
 
 
@@ -203,11 +211,14 @@ class BlobLossFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, instances, target, counts, saved)
         ctx.options = options
         ctx.mark_non_differentiable(counts, saved)
+        ctx.set_materialize_grads(False)
         return loss, counts, saved
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _gradient(blob_loss_backward, grad_loss, *ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = None
+        if grad_loss is not None:
+            grad = _gradient(blob_loss_backward, grad_loss, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, *(None for _ in ctx.options)
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from . import _checks, _ops
 from .criteria import Criterion, common_gamma, dice
 from .kernels.finish import blob_counts
-from .kernels.layout import ACTIVATIONS, MASKINGS
+from .kernels.layout import ACTIVATIONS, MASKINGS, IdTooLargeError
 from .partition import Partition, partition
 
 REDUCTIONS = ("mean", "none", "sum")
 DICE = dice()
 _MOST_INSTANCES = 2**24  # 64 MiB for each sum, sample and class
+_USUAL_INSTANCES = 255  # tried first where a larger id is noticed, which saves reading all ids to find the largest
 
 
 class Options(NamedTuple):
@@ -219,6 +220,7 @@ def compute(
         )
     wants_main = reduction == "terms" or (reduction != "instances" and options.main_weight > 0)
     wants_blob = reduction in ("terms", "instances") or options.blob_weight > 0
+    guesses = options.max_instances is None and reduction != "instances" and _ops.finds_large_ids(logits)
     labels = partition(
         logits,
         target,
@@ -227,17 +229,17 @@ def compute(
         include_background=options.include_background,
         connectivity=options.connectivity,
         ignore_index=options.ignore_index,
-        max_instances=options.max_instances,
+        max_instances=_USUAL_INSTANCES if guesses else options.max_instances,
         wants_blob=wants_blob,
     )
     rows = [main_criterion.text if wants_main else "", criterion.text if wants_blob else ""]
-    loss, counts, _ = _ops.blob_loss(
-        logits,
-        labels.instances,
-        labels.target,
-        labels.max_instances,
-        1.0 if reduction == "terms" else options.main_weight,
-        1.0 if reduction == "terms" else options.blob_weight,
-        "|".join((options.activation, options.masking, labels.channel0, reduction, *rows)),
-    )
+    weights = (1.0, 1.0) if reduction == "terms" else (options.main_weight, options.blob_weight)
+    text = "|".join((options.activation, options.masking, labels.channel0, reduction, *rows))
+    try:
+        loss, counts, _ = _ops.blob_loss(logits, *labels[:3], *weights, text)
+    except IdTooLargeError:
+        if not guesses:
+            raise
+        labels = labels.with_largest_id()
+        loss, counts, _ = _ops.blob_loss(logits, *labels[:3], *weights, text)
     return loss, labels, counts

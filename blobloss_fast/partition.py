@@ -32,6 +32,11 @@ class Partition(NamedTuple):
     channel0: str
     original_ids: Tensor | None
 
+    def with_largest_id(self) -> Partition:
+        """Return the partition with the capacity that its ids need, which reads them all."""
+        instances, largest, original_ids = _largest_id(self.instances, self.instances[0, 0].numel())
+        return self._replace(instances=instances, max_instances=largest, original_ids=original_ids)
+
 
 def partition(
     logits: Tensor,
@@ -81,10 +86,9 @@ def partition(
     else:
         raise ValueError("target or instances must be given; got neither: pass a binary target, instance ids, or both")
 
-    original_ids = None
     if max_instances is None:
-        instances, max_instances, original_ids = _largest_id(instances, logits[0, 0].numel())
-    return Partition(instances, target, max_instances, channel0, original_ids)
+        return Partition(instances, target, 0, channel0, None).with_largest_id()
+    return Partition(instances, target, max_instances, channel0, None)
 
 
 def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Tensor]:

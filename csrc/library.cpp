@@ -12,7 +12,7 @@
 namespace blobloss {
 namespace {
 
-constexpr int64_t kMostTables = 32;      // of all groups together, where there are enough voxels
+constexpr int64_t kMostTables = 16;      // of all groups together, where there are enough voxels
 constexpr int64_t kVoxelsPerCell = 32;   // of a slab: below that its table would cost more than its voxels
 constexpr int64_t kParallelEntries = 4096;
 constexpr int64_t kParallelVoxels = 32768;  // about 15 us of work: below that, waking threads up costs more than they save

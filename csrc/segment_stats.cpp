@@ -147,6 +147,7 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begi
     const int64_t group = task / plan.slabs;
     double* table = tables + task * plan.channels * problem.num_cells * plan.row;
     for (int64_t chunk = task % plan.slabs; chunk < plan.chunks; chunk += plan.slabs) {
+      if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
       const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
       for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
         if (problem.activation == BL_SOFTMAX)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blobloss_fast import BlobLoss, blob_loss_instances, connected_components
+from blobloss_fast import BlobLoss, blob_loss, blob_loss_instances, connected_components
 
 from . import oracle, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, DICE, check, criterion_of, pair, random_grad
@@ -160,3 +160,23 @@ def test_huge_ids(activation):
         found = {(b, c, int(ids[b, c, n])): losses[b, c, n] for b, c, n in ids.nonzero().tolist()}
         assert found.keys() == truth.keys()
         assert max(error(found[key], truth[key]) for key in truth) <= FP64
+
+
+@pytest.mark.parametrize("largest", [1, 255, 256, 4000])
+def test_any_number_of_instances_without_being_told(largest):
+    """Where ids are not read beforehand, room is made for the usual number first, and for all of them if need be."""
+    generator = torch.Generator().manual_seed(largest)
+    logits = torch.randn(2, 1, 30, 40, 50, generator=generator, dtype=torch.float64)
+    ids = torch.randint(-1, largest + 1, logits.shape, generator=generator)
+    ids[1] = ids[1].clamp(max=1)
+    ids[0, 0, -1, -1, -1] = largest
+    results = []
+    for max_instances in (None, largest):
+        leaf = logits.clone().requires_grad_()
+        value = blob_loss(leaf, instances=ids, max_instances=max_instances)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    for found, told in zip(*results, strict=True):
+        torch.testing.assert_close(found, told, rtol=1e-12, atol=0)
+    losses, found = blob_loss_instances(logits, instances=ids)
+    assert losses.shape == found.shape == (2, 1, largest)

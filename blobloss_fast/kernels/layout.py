@@ -44,6 +44,10 @@ NOT_A_PROBABILITY = (
 )
 
 
+class IdTooLargeError(ValueError):
+    """What a backend raises for ``TOO_LARGE``, where it may raise: the caller may know a way out."""
+
+
 def rows_of(flat: Sequence[float]) -> list[Sequence[float]]:
     """Split the flat rows that an operator receives."""
     return [flat[i : i + ROW_SIZE] for i in range(0, len(flat), ROW_SIZE)]

@@ -32,6 +32,7 @@ from .layout import (
     NOT_BINARY,
     ROW_SIZE,
     TOO_LARGE,
+    IdTooLargeError,
 )
 from .reference import compute_dtype
 from .rows import rows
@@ -280,7 +281,8 @@ def _distinct(features: tuple[str, ...]) -> tuple[tuple[str, ...], Tensor]:
 def _raise(status: int) -> None:
     if status & _NO_MEMORY:
         raise MemoryError("the native library got no memory for its tables: use fewer cells or smaller volumes")
-    raise ValueError(next(message for bit, message in _STATUS.items() if status & bit))
+    message = next(message for bit, message in _STATUS.items() if status & bit)
+    raise IdTooLargeError(message) if message is TOO_LARGE else ValueError(message)
 
 
 # ---------------------------------------------------------------- the loss
