@@ -35,51 +35,56 @@ BL_INLINE uint32_t equal_to(const int32_t* cells, int32_t cell) {
 
 // ---------------------------------------------------------------- what is in a block
 
+constexpr int kWord = 64;  // voxels that a word of masks speaks of
+constexpr int kWords = kBlock / kWord;
+
 struct Mixture {
-  int32_t instance;  // one that owns much of the block; 0 if none does
+  int32_t instance;  // the first in the block if it owns much of it, otherwise 0
   int32_t num_background;
   int32_t num_instance;
   int32_t num_rest;
-  int32_t rest[kBlock + 16];  // where all other voxels are; a vector more, since whole ones are stored
+  uint64_t background[kWords];  // which voxels are background, as bits
+  uint64_t own[kWords];         // and which are of the instance
+  int32_t rest[kBlock + 8];     // where all others are; room for more, since eight are written at a time
 };
 
-// Lists the voxels that lie neither in the background nor in the instance (0: none); returns how many there are.
-static int32_t list_others(const int32_t* __restrict cells, int32_t instance, int32_t* __restrict where) {
-  int32_t count = 0;
-  for (int start = 0; start < kBlock; start += 2 * kGroup) {
-    uint64_t left = 0;
-    for (int half = 0; half < 2; ++half) {
-      const int32_t* own = cells + start + half * kGroup;
-      left |= static_cast<uint64_t>(~(equal_to(own, 0) | equal_to(own, instance))) << (half * kGroup);
-    }
-    for (; left; left &= left - 1) where[count++] = start + __builtin_ctzll(left);
-  }
-  return count;
+BL_INLINE uint64_t word_of(const int32_t* cells, int32_t cell) {
+  return equal_to(cells, cell) | static_cast<uint64_t>(equal_to(cells + kGroup, cell)) << kGroup;
 }
 
-BL_INLINE int32_t count_cell(const int32_t* cells, int32_t cell) {
-  int32_t count = 0;
-  for (int start = 0; start < kBlock; start += kGroup) count += __builtin_popcount(equal_to(cells + start, cell));
-  return count;
-}
-
-BL_INLINE int32_t first_instance(const int32_t* cells) {
-  for (int start = 0; start < kBlock; start += kGroup) {
-    for (uint32_t left = ~equal_to(cells + start, 0); left; left &= left - 1) {
-      const int32_t cell = cells[start + __builtin_ctz(left)];
-      if (cell > 0) return cell;
+static void look_at(const int32_t* __restrict cells, Mixture& __restrict mixture) {
+  int32_t instance = 0, num_background = 0, num_instance = 0, num_rest = 0;
+  for (int w = 0; w < kWords; ++w) {
+    const uint64_t background = word_of(cells + w * kWord, 0);
+    mixture.background[w] = background;
+    num_background += __builtin_popcountll(background);
+    for (uint64_t left = instance ? 0 : ~background; left && !instance; left &= left - 1) {
+      const int32_t cell = cells[w * kWord + __builtin_ctzll(left)];
+      instance = cell > 0 ? cell : 0;
     }
   }
-  return 0;
-}
-
-static void look_at(const int32_t* cells, Mixture& mixture) {
-  const int32_t first = first_instance(cells);
-  const int32_t count = first ? count_cell(cells, first) : 0;
-  mixture.instance = count >= kMany ? first : 0;
-  mixture.num_instance = mixture.instance ? count : 0;
-  mixture.num_rest = list_others(cells, mixture.instance, mixture.rest);
-  mixture.num_background = kBlock - mixture.num_instance - mixture.num_rest;
+  for (int w = 0; w < kWords; ++w) {
+    mixture.own[w] = instance ? word_of(cells + w * kWord, instance) : 0;
+    num_instance += __builtin_popcountll(mixture.own[w]);
+  }
+  const bool is_large = num_instance >= kMany;
+  mixture.instance = is_large ? instance : 0;
+  mixture.num_background = num_background;
+  mixture.num_instance = is_large ? num_instance : 0;
+  if (num_background + mixture.num_instance < kBlock) {
+    for (int w = 0; w < kWords; ++w) {
+      uint64_t left = ~(mixture.background[w] | (is_large ? mixture.own[w] : 0));
+      const int count = __builtin_popcountll(left);
+      for (int done = 0; done < count; done += 8) {  // eight at a time: how often is easier to foresee
+        for (int j = 0; j < 8; ++j) {
+          mixture.rest[num_rest + done + j] = w * kWord + (left ? __builtin_ctzll(left) : 0);
+          left &= left - 1;
+        }
+      }
+      num_rest += count;
+    }
+  }
+  mixture.num_rest = num_rest;
 }
 
 // ---------------------------------------------------------------- sums
@@ -107,9 +112,9 @@ BL_INLINE double sum_block(const T* __restrict values) {
   return add_lanes(lanes);
 }
 
-// The sum over one cell. A mask and not a product: what is not of the cell may be NaN.
+// The sum over one cell, whose voxels are also given as bits. A mask and not a product: other voxels may be NaN.
 template <typename T>
-BL_INLINE double sum_cell(const T* __restrict values, const int32_t* __restrict cells, int32_t cell) {
+BL_INLINE double sum_cell(const T* __restrict values, const int32_t* __restrict cells, int32_t cell, const uint64_t*) {
   using Bits = typename BitsOf<T>::type;
   alignas(64) T lanes[kLanes] = {};
   for (int i = 0; i < kBlock; i += kLanes)
@@ -121,18 +126,15 @@ BL_INLINE double sum_cell(const T* __restrict values, const int32_t* __restrict 
 }
 
 #if defined(__AVX512F__)
-BL_INLINE double sum_cell(const float* values, const int32_t* cells, int32_t cell) {
-  const __m512i own = _mm512_set1_epi32(cell);
+BL_INLINE double sum_cell(const float* values, const int32_t*, int32_t, const uint64_t* words) {
   __m512 first = _mm512_setzero_ps(), second = first, third = first, fourth = first;
-  const auto add = [&](__m512 sum, int i) {
-    const __mmask16 inside = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells + i), own);
-    return _mm512_mask_add_ps(sum, inside, sum, _mm512_loadu_ps(values + i));
-  };
-  for (int i = 0; i < kBlock; i += 64) {
-    first = add(first, i);
-    second = add(second, i + 16);
-    third = add(third, i + 32);
-    fourth = add(fourth, i + 48);
+  for (int w = 0; w < kWords; ++w) {
+    const float* own = values + w * kWord;
+    const uint64_t word = words[w];
+    first = _mm512_mask_add_ps(first, static_cast<__mmask16>(word), first, _mm512_loadu_ps(own));
+    second = _mm512_mask_add_ps(second, static_cast<__mmask16>(word >> 16), second, _mm512_loadu_ps(own + 16));
+    third = _mm512_mask_add_ps(third, static_cast<__mmask16>(word >> 32), third, _mm512_loadu_ps(own + 32));
+    fourth = _mm512_mask_add_ps(fourth, static_cast<__mmask16>(word >> 48), fourth, _mm512_loadu_ps(own + 48));
   }
   alignas(64) float lanes[kLanes];
   _mm512_store_ps(lanes, _mm512_add_ps(first, second));
@@ -196,8 +198,8 @@ static void add_mixed(T (*values)[kBlock], const int32_t* cells, double* table) 
   double* row = table + static_cast<int64_t>(mixture.instance) * (1 + F);
   row[0] += mixture.num_instance;
   for (int f = 0; f < F; ++f) {
-    table[1 + f] += sum_cell(values[f], cells, 0);
-    row[1 + f] += sum_cell(values[f], cells, mixture.instance);
+    table[1 + f] += sum_cell(values[f], cells, 0, mixture.background);
+    row[1 + f] += sum_cell(values[f], cells, mixture.instance, mixture.own);
   }
 }
 
