@@ -1,23 +1,29 @@
 """The table of sums in plain PyTorch: the fallback on every device and the truth for every other backend.
 
-O(voxels) time whatever the number of cells. Cell 0, the background, owns nearly all voxels: it is summed densely. Only
-the voxels of other cells are listed and scattered into the table. The list is cut into rows of a few
-thousand voxels, each row adds into its own line of a small table, and the lines are summed at the end, which lets
+O(voxels) time whatever the number of cells. On a CPU the volume is worked on in spans that stay in the cache: a fresh
+full-size temporary costs more in page faults than in arithmetic. Cell 0, the background, owns nearly all voxels: it is
+summed densely. Only the voxels of other cells are listed and scattered into the table. The list is cut into rows of a
+few thousand voxels, each row adds into its own line of a small table, and the lines are summed at the end, which lets
 PyTorch work on the rows in parallel. Within a line a large cell is summed as a tree: a running sum in fp32 is off by
 3e-5 after 4,096 equal terms, because equal terms are all rounded the same way, and by 2e-7 after 32. No fp64 is used
-for fp32 input, since not every device has it.
+for fp32 input, since not every device has it. The backward pass reads the gradient of every voxel's cell.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE
 
+_SPAN_SIZE = 2**19
 _ROW_ENTRIES = 4096
 _PART_SIZE = 32
 _LOG_FLOOR = -100.0  # of a probability, as in torch.nn.BCELoss
@@ -49,35 +55,37 @@ def segment_stats_forward(
     Returns:
         counts int64 ``[B, C, K]`` and sums ``[B, C, K, F]`` in the compute dtype.
     """
-    z = _pre_activation(_flatten(logits), activation, channel0)
-    batch, channels, voxels = z.shape
-    listed, index, per_row, slot, invalid = _list(cells, target, num_cells, logits.shape[1], channel0)
-    if activation == "none":
-        valid = _flatten(cells)[:, -channels:] >= 0
-        invalid = invalid | _check(((z < 0) | (z > 1)) & valid, NOT_A_PROBABILITY)
-    num_slots = 1 + batch * channels * num_cells
-    slot = _in_rows(slot, num_slots, 0)
+    slots, invalid = [], []
+    parts: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in features]  # the listed voxels; the others' sum
+    for _, x, labels in _spans(logits, cells, target, num_cells, channel0):
+        z = _pre_activation(x, activation, channel0)
+        invalid.append(labels.invalid)
+        if activation == "none":
+            invalid.append(_check(((z < 0) | (z > 1)) & (labels.ids >= 0), NOT_A_PROBABILITY))
+        index = _listed(labels)
+        slots.append(_slots(labels, num_cells).index_select(0, index).to(torch.int64).add_(1 - labels.first))
+        for name, (listed, rest) in zip(features, parts, strict=True):
+            feature = _feature(name, z, activation, gamma).view(-1)
+            listed.append(feature.index_select(0, index))
+            rest.append(feature.index_fill_(0, index, 0.0).view(z.shape).sum(2))
+
+    shape = *z.shape[:2], num_cells + 1
+    num_slots = math.prod(shape) + 1  # the last for padding
+    slot = _in_rows(torch.cat(slots), num_slots, num_slots - 1)
     line_counts = _add_up(slot, slot.new_ones(1, dtype=torch.int32), num_slots)
     levels = _levels(slot, line_counts)
-
-    def by_cell(lines: Tensor) -> Tensor:
-        return lines[:, 1:].sum(0).view(batch, channels, num_cells)
-
-    counts = by_cell(line_counts)
-    counts[:, :, 0] += voxels - per_row.view(batch, channels)
-    sums = []
-    for name in features:
-        feature = _feature(name, z, activation, gamma)
-        entries = _in_rows(feature.flatten().index_select(0, index), num_slots, 0.0)
-        for part, num_parts in levels:
-            entries = _add_up(part, entries, num_parts)
-        total = by_cell(entries)
-        total[:, :, 0] += feature.masked_fill_(listed, 0.0).sum(2)
-        sums.append(total)
-    table = torch.stack(sums, -1) if sums else z.new_empty(*counts.shape, 0)
-    table.masked_fill_(invalid, float("nan"))
-    unused = logits.shape[1] - channels
-    return _with_unused(counts, unused), _with_unused(table, unused)
+    counts = line_counts.sum(0)[:-1].view(shape)
+    counts[:, :, 1] += logits[0, 0].numel() - counts.sum(2)
+    table = z.new_empty(*shape, len(features))
+    for j, (listed, rest) in enumerate(parts):
+        lines = _in_rows(torch.cat(listed), num_slots, 0.0)
+        for place, num_places in levels:
+            lines = _add_up(place, lines, num_places)
+        table[..., j] = lines.sum(0)[:-1].view(shape)
+        table[:, :, 1, j] += torch.stack(rest).sum(0)
+    table.masked_fill_(torch.stack(invalid).any(), float("nan"))
+    unused = logits.shape[1] - shape[1]
+    return _with_unused(counts[:, :, 1:], unused).contiguous(), _with_unused(table[:, :, 1:], unused).contiguous()
 
 
 def segment_stats_backward(
@@ -99,31 +107,24 @@ def segment_stats_backward(
         ``[B, C, *spatial]``, contiguous, in the dtype of the logits; exactly 0 where a voxel is ignored.
     """
     num_cells = grad_sums.shape[2]
-    x = _flatten(logits)
-    z = _pre_activation(x, activation, channel0)
-    unused = x.shape[1] - z.shape[1]
-    _, index, _, slot, _ = _list(cells, target, num_cells, x.shape[1], channel0, check=False)
-    grad_sums = grad_sums[:, unused:]
-    of_slots = F.pad(grad_sums.flatten(0, 2), (0, 0, 1, 0))  # 0 for what is ignored
-
-    grad: Tensor | None = None
-    grad_listed = of_slots.new_zeros(())
-    for j, slope in enumerate(_slopes(features, z, activation, gamma)):
-        grad_listed = grad_listed + of_slots[:, j].index_select(0, slot) * slope.flatten().index_select(0, index)
-        slope.mul_(grad_sums[:, :, :1, j])
-        grad = slope if grad is None else grad.add_(slope)
-    if grad is None:
+    if not features:
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    grad.view(-1).index_copy_(0, index, grad_listed)
-    grad = _with_unused(grad, unused)
-    if activation == "softmax":
-        grad = _softmax_backward(x.to(grad.dtype), grad)
-    if not _on_host(slot) or bool((slot == 0).any()):  # a NaN that is ignored must not reach the gradient
-        ignored = _flatten(cells) < 0
+    unused = int(channel0 == "unused")
+    of_slots = [F.pad(grad_sums[:, unused:], (0, 0, first, 1 - first)).flatten(0, 2) for first in (0, 1)]
+    grad = torch.empty(_flatten(logits).shape, dtype=logits.dtype, device=logits.device)
+    for span, x, labels in _spans(logits, cells, target, num_cells, channel0, check=False):
+        z, slot = _pre_activation(x, activation, channel0), _slots(labels, num_cells)
+        coefficients = (column.index_select(0, slot).view(z.shape) for column in of_slots[labels.first].unbind(1))
+        terms = map(Tensor.mul_, coefficients, _slopes(features, z, activation, gamma))
+        part = _with_unused(functools.reduce(Tensor.add_, terms), unused)
         if activation == "softmax":
-            ignored = ignored[:, min(unused, ignored.shape[1] - 1) :].all(1, keepdim=True)
-        grad.masked_fill_(ignored, 0.0)
-    return grad.reshape(logits.shape).to(logits.dtype)
+            part = _softmax_backward(x.to(part.dtype), part)
+        if labels.first:  # a NaN that is ignored must not reach the gradient
+            ignored = labels.ids < 0
+            ignored = ignored.all(1, keepdim=True) if activation == "softmax" else _with_unused(ignored, unused)
+            part.masked_fill_(ignored, 0.0)
+        grad[:, :, span] = part
+    return grad.view(logits.shape)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -147,65 +148,99 @@ def _check(wrong: Tensor, message: str) -> Tensor:
     return found
 
 
-def _list(
-    cells: Tensor, target: Tensor | None, num_cells: int, channels: int, channel0: str, check: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """List the voxels that lie in another cell than 0; all of them where counting them would be a wait.
+class _Labels(NamedTuple):
+    """The labels of some voxels, without channel 0 if that is unused."""
 
-    Channel 0 is left out if it is unused.
+    ids: Tensor  # int32 or int64 [B, C, V]
+    bit: Tensor | None  # whether the target is 1
+    first: int  # the slot of cell 0: 1 if slot 0 is for ignored voxels, 0 if it is known that there are none
+    invalid: Tensor  # bool, a scalar
 
-    Returns:
-        Whether a voxel is listed, ``[B, C, V]``; the place of each in the flattened volume, ``[L]``; how many there are
-        of every sample and channel, ``[B * C]``; the slot of each in a line of the table, int64 ``[L]``: 0 for what is
-        ignored, then the cells of all samples and channels in their order; and whether any label was invalid.
-    """
+
+def _spans(
+    logits: Tensor, cells: Tensor, target: Tensor | None, num_cells: int, channel0: str, check: bool = True
+) -> Iterator[tuple[slice, Tensor, _Labels]]:
+    """Cut the volume into spans of voxels (on a device it is one): where, the logits ``[B, C, V]``, and the labels."""
+    x, cells, target = _flatten(logits), _flatten(cells), None if target is None else _flatten(target)
+    batch, channels, voxels = x.shape
+    step = max(1, _SPAN_SIZE // max(1, batch * channels) if _on_host(x) else voxels)
+    for start in range(0, max(1, voxels), step):
+        span = slice(start, start + step)
+        of_target = None if target is None else target[:, :, span]
+        yield span, x[:, :, span], _read(cells[:, :, span], of_target, num_cells, channels, channel0, check)
+
+
+def _read(cells: Tensor, target: Tensor | None, num_cells: int, channels: int, channel0: str, check: bool) -> _Labels:
     unused = int(channel0 == "unused")
-    ids = _flatten(cells).expand(-1, channels, -1)[:, unused:]
-    channels, voxels = ids.shape[1:]
-    listed = ids != 0
+    ids = cells.expand(-1, channels, -1)[:, unused:]
+    wide = ids.dtype == torch.int64 or ids.shape[0] * channels * (num_cells + 1) >= 2**31
+    ids = ids.to(torch.int64 if wide else torch.int32)
     if channel0 == "background":
-        listed[:, 0] = ids[:, 0] < 0
-    invalid = torch.zeros((), dtype=torch.bool, device=ids.device)
-    label = one_hot = None
+        ids = ids.clone()
+        ids[:, 0].clamp_(max=0)
+    bit, invalid = None, torch.zeros((), dtype=torch.bool, device=ids.device)
     if target is not None:
-        label = _flatten(target)
-        if label.shape[1] == 1 and channels + unused > 1:
-            one_hot = label == torch.arange(channels + unused, device=label.device).view(1, -1, 1)
-            if check:
-                unknown = ~one_hot.any(1, keepdim=True) & (ids >= 0)
-                invalid = _check(unknown, NOT_A_CLASS)
-            label = None  # checked
-        else:
-            one_hot = label != 0
-            label = label[:, unused:]
-        one_hot = one_hot[:, unused:]
-        listed = listed | one_hot
-    if _on_host(listed):
-        index = listed.flatten().nonzero().squeeze(1)
-    else:
-        listed = torch.ones_like(listed)
-        index = torch.arange(listed.numel(), device=listed.device)
-
-    def at(volume: Tensor) -> Tensor:
-        return volume.flatten().index_select(0, index)
-
-    cell = at(ids).to(torch.int64)
-    rows = torch.arange(ids.shape[0] * channels + 1, device=index.device)  # sample and channel
-    per_row = torch.searchsorted(index, rows * voxels).diff()
-    row = torch.repeat_interleave(rows[:-1], per_row, output_size=len(index))
-    if channel0 == "background":
-        cell = torch.where(row % channels == 0, cell.clamp_max(0), cell)
-    capacity = num_cells
-    if one_hot is not None:
-        capacity //= 2
-        bit = at(one_hot)
-        if check and label is not None and label.dtype != torch.bool:
-            invalid = _check(bit & (at(label) != 1) & (cell >= 0), NOT_BINARY)
+        bit, invalid = _bits(target, ids, unused, check)
+        num_cells //= 2
+    low, high = ids.aminmax() if ids.numel() else ids.new_zeros(2).unbind()
     if check:
-        invalid = invalid | _check(cell >= capacity, TOO_LARGE)
-    cell.clamp_(-1, capacity - 1)
-    slot = 1 + row * num_cells + (cell if one_hot is None else 2 * cell + bit)
-    return listed, index, per_row, slot.masked_fill_(cell < 0, 0), invalid
+        invalid = invalid | _check(high >= num_cells, TOO_LARGE)
+    return _Labels(ids, bit, int(not _on_host(low) or bool(low < 0)), invalid)
+
+
+def _bits(label: Tensor, ids: Tensor, unused: int, check: bool) -> tuple[Tensor, Tensor]:
+    """Return the target of every voxel, bool ``[B, C, V]``, and whether any was invalid where it is not ignored."""
+    channels = ids.shape[1] + unused
+    invalid = torch.zeros((), dtype=torch.bool, device=label.device)
+    if label.shape[1] < channels:
+        one_hot = label == torch.arange(channels, device=label.device).view(1, -1, 1)
+        bit = one_hot[:, unused:]
+        if check:
+            invalid = _check(~one_hot.any(1, keepdim=True) & (ids >= 0), NOT_A_CLASS)
+    else:
+        label = label[:, unused:]
+        bit = label.to(torch.bool)
+        if check and not (_on_host(label) and torch.equal(label, bit.to(label.dtype))):
+            invalid = _check((label != bit) & (ids >= 0), NOT_BINARY)
+    return bit, invalid
+
+
+def _slots(labels: _Labels, num_cells: int) -> Tensor:
+    """Return the slot of every voxel, int32 or int64 ``[B * C * V]``: the cells of all samples and channels in one row.
+
+    Every sample and channel has one slot more than cells: one for ignored voxels, or one that stays empty.
+    So ids of one sample and channel are slots as they are, if nothing is ignored and there is no target.
+    """
+    slot, bit, first, _ = labels
+    if first:
+        slot = slot.clamp(-1, num_cells // (1 if bit is None else 2) - 1)
+    if bit is not None:
+        slot = (2 * slot).add_(bit)
+    if first:
+        slot.clamp_(min=-1).add_(1)
+    batch, channels, _ = slot.shape
+    if batch * channels > 1:
+        rows = torch.arange(batch * channels, dtype=slot.dtype, device=slot.device).view(batch, channels, 1)
+        slot = slot + (num_cells + 1) * rows
+    return slot.flatten()
+
+
+def _listed(labels: _Labels) -> Tensor:
+    """Return where the voxels of other cells than 0 are in ``[B * C * V]``; where all are, if counting is a wait.
+
+    Where more than a tenth of a mask is set, NumPy lists it without branches, in a time that does not depend on it. Its
+    loop for emptier masks is slower than that if they are scattered: hence the padding.
+    """
+    ids, bit, *_ = labels
+    voxels, padding = ids.numel(), ids.numel() // 8
+    if not _on_host(ids):
+        return torch.arange(voxels, device=ids.device)
+    mask = torch.ones(voxels + padding, dtype=torch.bool)
+    listed = mask[:voxels].view(ids.shape).copy_(ids)
+    if bit is not None:
+        listed.logical_or_(bit)
+    index = np.flatnonzero(mask.numpy())
+    return torch.from_numpy(index[: len(index) - padding])
 
 
 def _flatten(volume: Tensor) -> Tensor:
@@ -220,11 +255,13 @@ def _with_unused(tensor: Tensor, unused: int) -> Tensor:
 def _in_rows(entries: Tensor, num_slots: int, fill: float) -> Tensor:
     """Cut ``[L]`` into ``[rows, row length]``, the last row padded with ``fill``.
 
-    Rows hold many times as many entries as there are slots, so that the table of lines stays small beside the list.
+    Rows hold several times as many entries as there are slots, so that the table of lines stays small beside the list.
     """
-    rows = max(1, len(entries) // max(_ROW_ENTRIES, 16 * num_slots))
+    rows = max(1, len(entries) // max(_ROW_ENTRIES, 4 * num_slots))
     length = -(-len(entries) // rows)
-    return F.pad(entries, (0, rows * length - len(entries)), value=fill).view(rows, length)
+    if rows * length > len(entries):
+        entries = F.pad(entries, (0, rows * length - len(entries)), value=fill)
+    return entries.view(rows, length)
 
 
 def _add_up(slot: Tensor, values: Tensor, num_slots: int) -> Tensor:
@@ -236,17 +273,11 @@ def _levels(slot: Tensor, counts: Tensor) -> list[tuple[Tensor, int]]:
     """Plan the sum of a line as a tree, in which no sum has more than about ``_PART_SIZE`` terms.
 
     On every level a slot with many entries is split into parts, a power of two, over which a hash of the position
-    spreads the entries; the parts are the entries of the next level.
-
-    Args:
-        slot: of every entry, ``[rows, row length]``.
-        counts: of every slot in its row, ``[rows, slots]``.
-
-    Returns:
-        For each level, from the entries to the slots: the sum that an entry goes into, and the number of sums.
+    spreads the entries; the parts are the entries of the next level. For each level, from the entries to the slots,
+    this returns which sum an entry goes into, ``[rows, row length]``, and the number of sums.
     """
     levels = []
-    num_slots, most = counts.shape[1], slot.shape[1]
+    num_slots, most = counts.shape[1], int(counts.max()) if _on_host(counts) else slot.shape[1]
     while most > _PART_SIZE:
         length = slot.shape[1]
         last_part = (counts - 1).clamp_(min=0).div_(_PART_SIZE, rounding_mode="floor")
