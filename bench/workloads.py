@@ -1,47 +1,55 @@
-"""Volumes with instances, and the losses that are compared on them.
-
-Every loss is given logits and what it needs of the labels (prepared outside the measured time) and returns a scalar.
-The full losses add a main Dice over the whole volume to the mean Dice of the instances; the plain ones are the main
-Dice alone. All are checked against the same formula in double precision before anything is timed.
-"""
+"""Volumes with instances: balls by the number, one giant, salt and pepper, real lesions."""
 
 from __future__ import annotations
 
 import importlib.resources
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blobloss_fast import BlobLoss, connected_components
+from blobloss_fast import connected_components
 
-SMOOTH = 1e-5
-
-# Until backward the loop keeps a mask (1 byte a voxel) and a label (4 bytes) of every instance. Where that is more than
-# this limit the loop is not run, and nothing is extrapolated.
-LOOP_BYTES_PER_VOXEL = 5
-LOOP_MEMORY_LIMIT = 6 * 2**30
+BALLS = (1, 50, 1000, 10_000)
+SALT_AND_PEPPER_IDS = 1000
+# What the instances of a volume look like: a number of balls, or one of the two extremes.
+SCENES = (*(str(count) for count in BALLS), "giant", "salt and pepper")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One volume: `logits` float [1, 1, *spatial], `instances` int32 [1, 1, *spatial] with ids 0..num_instances."""
+    """Volumes with labels.
+
+    Attributes:
+        name: as the tables print it.
+        logits: floating point [B, C, *spatial]; two channels are for a softmax.
+        instances: int32 [B, 1, *spatial], every sample numbered 1, 2, ...
+        num_instances: of all samples together.
+        own_target: bool [B, 1, *spatial], a target that the ids do not follow; None is a target that is ids > 0.
+    """
 
     name: str
     logits: Tensor
     instances: Tensor
     num_instances: int
+    own_target: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        return self.instances > 0 if self.own_target is None else self.own_target
 
     @property
     def target(self) -> Tensor:
-        return (self.instances > 0).to(self.logits.dtype)
+        """The mask in the dtype of the logits, which is what MONAI's losses take without a conversion."""
+        return self.mask.to(self.logits.dtype)
 
     def to(self, dtype: torch.dtype) -> Workload:
-        return Workload(self.name, self.logits.to(dtype), self.instances, self.num_instances)
+        return replace(self, logits=self.logits.to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- volumes
@@ -75,11 +83,24 @@ def balls(size: int, num_instances: int, *, radius: tuple[float, float] = (1.0, 
 
 
 def _numbered_in_raster_order(volume: np.ndarray) -> np.ndarray:
-    ids, first = np.unique(volume, return_index=True)
-    ids, first = ids[ids > 0], first[ids > 0]
+    ids, first = np.unique(volume[volume > 0], return_index=True)  # the foreground alone: np.unique sorts
     rank = np.zeros(ids.max() + 1, dtype=np.int32)
     rank[ids[np.argsort(first)]] = np.arange(1, len(ids) + 1)
     return rank[volume]
+
+
+def giant_ball(size: int) -> np.ndarray:
+    """One instance that touches all six faces of the volume: pi / 6 of it, 52 %."""
+    offset = np.arange(size) - (size - 1) / 2
+    distance_sq = offset[:, None, None] ** 2 + offset[:, None] ** 2 + offset**2
+    return (distance_sq <= (size / 2) ** 2).astype(np.int32)
+
+
+def salt_and_pepper(size: int, *, num_ids: int = SALT_AND_PEPPER_IDS, seed: int = 0) -> np.ndarray:
+    """Every voxel foreground with probability 1/2, under any of `num_ids` ids: neighbours hardly ever agree."""
+    rng = np.random.default_rng([seed, size, num_ids])
+    shape = (size,) * 3
+    return np.where(rng.random(shape) < 0.5, rng.integers(1, num_ids + 1, shape), 0).astype(np.int32)
 
 
 def logits_for(instances: Tensor, *, margin: float = 3.0, noise: float = 1.5, seed: int = 0) -> Tensor:
@@ -89,9 +110,51 @@ def logits_for(instances: Tensor, *, margin: float = 3.0, noise: float = 1.5, se
     return sign * margin + noise * torch.randn(instances.shape, generator=generator)
 
 
-def synthetic(size: int, num_instances: int, *, seed: int = 0) -> Workload:
-    instances = torch.from_numpy(balls(size, num_instances, seed=seed))[None, None]
-    return Workload(f"{size}^3, {num_instances:,} balls", logits_for(instances, seed=seed), instances, num_instances)
+# -------------------------------------------------------------------------------------------------------- workloads
+
+
+def synthetic(size: int, num_instances: int, *, batch: int = 1, seed: int = 0) -> Workload:
+    """`batch` samples with `num_instances` balls each."""
+    volumes = [balls(size, num_instances, seed=seed + sample) for sample in range(batch)]
+    instances = torch.from_numpy(np.stack(volumes)[:, None])
+    shape = f"{size}^3" if batch == 1 else f"{batch}x1x{size}^3"
+    each = "" if batch == 1 else " each"
+    noun = "ball" if num_instances == 1 else "balls"
+    name = f"{shape}, {num_instances:,} {noun}{each}"
+    return Workload(name, logits_for(instances, seed=seed), instances, batch * num_instances)
+
+
+def scene(size: int, kind: str) -> Workload:
+    """A volume of one of the `SCENES`; any number of balls will do."""
+    if kind == "giant":
+        volume, name = giant_ball(size), f"{size}^3, one giant ball"
+    elif kind == "salt and pepper":
+        volume, name = salt_and_pepper(size), f"{size}^3, salt and pepper, {SALT_AND_PEPPER_IDS:,} ids"
+    else:
+        return synthetic(size, int(kind))
+    instances = torch.from_numpy(volume)[None, None]
+    return Workload(name, logits_for(instances), instances, int(instances.max()))
+
+
+def with_own_target(workload: Workload) -> Workload:
+    """The same ids beside a target in which every instance has moved by one voxel: the two disagree at the rims."""
+    moved = torch.roll(workload.instances > 0, 1, dims=-1)
+    return replace(workload, name=f"{workload.name}, own target", own_target=moved)
+
+
+def two_channels(workload: Workload, *, seed: int = 1) -> Workload:
+    """The same volume for a softmax: channel 0 is the background, the difference of the two means what it did."""
+    generator = torch.Generator().manual_seed(seed)
+    background = torch.randn(workload.logits.shape, generator=generator)
+    logits = torch.cat([background, background + workload.logits], 1)
+    return replace(workload, name=f"{workload.name}, two channels", logits=logits)
+
+
+def _real(name: str, arrays: Mapping[str, Any]) -> Workload:
+    mask = torch.from_numpy(arrays["label"] > 0)[None, None]
+    instances, counts = connected_components(mask)
+    shape, count = "x".join(str(n) for n in instances.shape[2:]), int(counts)
+    return Workload(f"{name}, {shape}, {count} lesions", logits_for(instances), instances, count)
 
 
 def real() -> Workload:
@@ -100,174 +163,19 @@ def real() -> Workload:
         (importlib.resources.files("blobloss_fast") / "data" / "ms_lesions.npz").open("rb") as file,
         np.load(file) as arrays,
     ):
-        mask = torch.from_numpy(arrays["label"])[None, None]
-    instances, counts = connected_components(mask)
-    shape = "x".join(str(n) for n in instances.shape[2:])
-    count = int(counts)
-    return Workload(f"real lesions, {shape}, {count} lesions", logits_for(instances), instances, count)
+        return _real("real lesions", arrays)
 
 
-# ----------------------------------------------------------------------------------------------------------- losses
+def data_files(folder: Path) -> list[Path]:
+    """The npz files of a folder that hold a binary 3D `label`, sorted by name."""
 
-Loss = Callable[[Tensor], Tensor]
+    def has_label(path: Path) -> bool:
+        with np.load(path) as arrays:
+            return "label" in arrays.files and arrays["label"].ndim == 3
 
-
-def soft_dice(prob: Tensor, target: Tensor) -> Tensor:
-    """Mean over (sample, channel) of 1 - (2 I + e) / (P + N + e)."""
-    axes = tuple(range(2, prob.ndim))
-    intersection = (prob * target).sum(axes)
-    denominator = prob.sum(axes) + target.sum(axes)
-    return (1 - (2 * intersection + SMOOTH) / (denominator + SMOOTH)).mean()
+    return [path for path in sorted(folder.glob("*.npz")) if has_label(path)]
 
 
-def loop_blob_loss(logits: Tensor, target: Tensor, instances: Tensor) -> Tensor:
-    """The authors' algorithm, one instance after the other: hide all others, call the criterion, average.
-
-    Their `"sigmoid": True` configuration: the sigmoid is taken once, hidden voxels become probability 0. Every instance
-    costs six full-size temporaries before the criterion starts, two more in it (and as many in its backward pass), and
-    a read of its id on the host.
-    """
-    prob = torch.sigmoid(logits)
-    per_sample = []
-    for sample_prob, ids in zip(prob.split(1), instances.split(1), strict=True):
-        losses = []
-        for instance in torch.unique(ids):
-            if instance == 0:
-                continue
-            visible = ~(ids > 0)
-            visible[ids == instance] = True
-            own = (ids == instance).int()
-            losses.append(soft_dice(sample_prob * visible, own))
-        if losses:
-            per_sample.append(torch.stack(losses).mean())
-    return soft_dice(prob, target) + torch.stack(per_sample).mean()
-
-
-def scatter_add_blob_loss(logits: Tensor, instances: Tensor) -> Tensor:
-    """The same loss, vectorised in plain PyTorch: probabilities added up by id, then small tensors only.
-
-    On a CPU scatter_add keeps one running sum per id. In fp32 that is off by 1e-4 to 1e-3 for a background of millions
-    of voxels, so the background is the difference from the total, which `sum` adds up pairwise.
-    """
-    prob = torch.sigmoid(logits).flatten(1)
-    ids = instances.flatten(1).long()
-    table = prob.new_zeros(prob.shape[0], int(ids.max()) + 1)
-    sums = table.scatter_add(1, ids, prob)
-    counts = table.scatter_add(1, ids, torch.ones_like(prob))
-    total, s, n = prob.sum(1, keepdim=True), sums[:, 1:], counts[:, 1:]
-    background = total - s.sum(1, keepdim=True)
-    exists = n > 0
-    dice = torch.where(exists, 1 - (2 * s + SMOOTH) / (background + s + n + SMOOTH), 0)
-    has_any = exists.any(1)
-    blob = (dice.sum(1) / exists.sum(1).clamp(min=1))[has_any].mean()
-    main = 1 - (2 * s.sum(1) + SMOOTH) / (total[:, 0] + n.sum(1) + SMOOTH)
-    return main.mean() + blob
-
-
-@dataclass(frozen=True)
-class Contestant:
-    title: str
-    instance_aware: bool
-    prepare: Callable[[Workload], Loss]
-
-    def step(self, workload: Workload) -> Callable[[], None]:
-        """What is timed: one forward and one backward pass."""
-        loss = self.prepare(workload)
-        logits = workload.logits.clone().requires_grad_()
-
-        def forward_and_backward() -> None:
-            logits.grad = None
-            loss(logits).backward()
-
-        return forward_and_backward
-
-
-def _loop(workload: Workload) -> Loss:
-    target = workload.target
-    return lambda logits: loop_blob_loss(logits, target, workload.instances)
-
-
-def _plain_dice(workload: Workload) -> Loss:
-    target = workload.target
-    return lambda logits: soft_dice(torch.sigmoid(logits), target)
-
-
-def _monai_dice(workload: Workload) -> Loss:
-    from monai.losses import DiceLoss
-
-    loss, target = DiceLoss(sigmoid=True), workload.target
-    return lambda logits: loss(logits, target)
-
-
-def _scatter_add(workload: Workload) -> Loss:
-    return lambda logits: scatter_add_blob_loss(logits, workload.instances)
-
-
-def _ours(workload: Workload) -> Loss:
-    loss = BlobLoss()
-    return lambda logits: loss(logits, instances=workload.instances)
-
-
-CONTESTANTS = {
-    "loop": Contestant("authors' loop", True, _loop),
-    "scatter_add": Contestant("scatter_add", True, _scatter_add),
-    "ours": Contestant("BlobLoss", True, _ours),
-    "dice": Contestant("plain Dice", False, _plain_dice),
-    "monai_dice": Contestant("MONAI DiceLoss", False, _monai_dice),
-}
-
-
-def why_not(key: str, workload: Workload) -> str | None:
-    """The reason why a contestant is not run on a workload, None where it is."""
-    if key == "monai_dice" and importlib.util.find_spec("monai") is None:
-        return "MONAI is not installed"
-    if key == "loop":
-        needed = workload.num_instances * workload.instances.numel() * LOOP_BYTES_PER_VOXEL
-        if needed > LOOP_MEMORY_LIMIT:
-            return f"its graph would hold about {needed / 2**30:.0f} GiB"
-    return None
-
-
-# -------------------------------------------------------------------------------------------------------- agreement
-
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
-
-
-class DisagreementError(AssertionError):
-    """Two implementations of one loss differ: nothing is timed."""
-
-
-def value_and_gradient(loss: Loss, logits: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = logits.clone().requires_grad_()
-    value = loss(leaf)
-    (gradient,) = torch.autograd.grad(value, leaf)
-    return value.detach(), gradient
-
-
-def check_agreement(workload: Workload, keys: Sequence[str]) -> dict[str, float]:
-    """The largest relative error of each contestant's value and gradient, against the formula in double precision.
-
-    The truth is `scatter_add_blob_loss` (or the plain Dice) in fp64: linear in the volume, so it can be had for ten
-    thousand instances too. That it equals the loop to the last digits is a test on small volumes.
-    """
-    exact = workload.to(torch.float64)
-    truth = {
-        instance_aware: value_and_gradient(CONTESTANTS[key].prepare(exact), exact.logits)
-        for instance_aware, key in ((True, "scatter_add"), (False, "dice"))
-    }
-    tolerance = TOLERANCE[workload.logits.dtype]
-    errors = {}
-    for key in keys:
-        contestant = CONTESTANTS[key]
-        value, gradient = value_and_gradient(contestant.prepare(workload), workload.logits)
-        true_value, true_gradient = truth[contestant.instance_aware]
-        value_error = float((value - true_value).abs() / true_value.abs())
-        gradient_error = float((gradient - true_gradient).abs().max() / true_gradient.abs().max())
-        errors[key] = max(value_error, gradient_error)
-        if not errors[key] <= tolerance:  # written so that a NaN fails
-            raise DisagreementError(
-                f"{contestant.title} on {workload.name}: relative error {value_error:.1e} in the value and "
-                f"{gradient_error:.1e} in the gradient, allowed {tolerance:.0e}"
-            )
-    return errors
+def from_file(path: Path) -> Workload:
+    with np.load(path) as arrays:
+        return _real(path.stem, arrays)
