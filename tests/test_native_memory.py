@@ -212,7 +212,8 @@ def measured(counter: Path) -> Callable[[str], dict]:
         } | AT_ONCE
         code = f"from tests.test_native_memory import measure_child; measure_child({backend!r})"
         command = [sys.executable, "-W", "error", "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        # Not in the checkout, whose package would come before the installed one.
+        done = subprocess.run(command, cwd=counter.parent, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

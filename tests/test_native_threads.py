@@ -164,11 +164,12 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child() -> None:
+def test_a_forked_child(tmp_path: Path) -> None:
     # Python 3.12 warns of forks in a process with threads; DataLoader does it all the same.
     roots = (Path(blobloss_fast.__file__).parents[1], Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    # Not in the checkout, whose package would come before the installed one.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "0"
