@@ -62,26 +62,27 @@ def _register(backend: Callable[[], ModuleType], key: str) -> None:
     def blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
         spec, features = decode(*options)
         num_cells = _num_cells(max_instances, target)
-        counts, sums = backend().segment_stats_forward(
+        module = backend()
+        if hasattr(module, "blob_loss"):  # all of it at once
+            return module.blob_loss(logits, instances, target, num_cells, features, spec)
+        counts, sums = module.segment_stats_forward(
             logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
         )
-        loss, saved = _finish_of(backend()).finish(counts, sums, features, target is not None, spec)
+        loss, saved = finish.finish(counts, sums, features, target is not None, spec)
         return loss, counts, saved
 
     def blob_loss_backward(grad, logits, instances, target, counts, saved, *options):  # type: ignore[no-untyped-def]
         spec, features = decode(*options)
-        grad_sums = _finish_of(backend()).finish_backward(grad, counts, saved, features, target is not None, spec)
-        return backend().segment_stats_backward(
+        module = backend()
+        if hasattr(module, "blob_loss"):
+            return module.blob_loss_backward(grad, logits, instances, target, counts, saved, features, spec)
+        grad_sums = finish.finish_backward(grad, counts, saved, features, target is not None, spec)
+        return module.segment_stats_backward(
             grad_sums, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0
         )
 
     for kernel in (segment_stats, segment_stats_backward, blob_loss, blob_loss_backward):
         _LIBRARY.impl(kernel.__name__, kernel, key)
-
-
-def _finish_of(backend: ModuleType) -> ModuleType:
-    """Who turns a table into the loss: the backend, if it brings that, or else PyTorch."""
-    return backend if hasattr(backend, "finish") else finish
 
 
 def has_triton() -> bool:

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BLOBLOSS_ABI 1
+#define BLOBLOSS_ABI 2
 #define BLOBLOSS_MAX_FEATURES 6
 
 #if defined(_WIN32)
@@ -108,11 +108,16 @@ BLOBLOSS_EXPORT int32_t blobloss_use_isa(const char* isa);
 // counts [B, C, K] and sums [B, C, K, F] (double for double logits, float otherwise), every entry written.
 BLOBLOSS_EXPORT int32_t blobloss_segment_stats_forward(const struct bl_problem* problem, int64_t* counts, void* sums);
 
-// The gradient of the logits, dense [B, C, V] in their type, every entry written; grad_sums as sums.
+// The gradient of the logits, dense [B, C, V] in their type, every entry written; grad_sums as sums. It is multiplied by
+// `scales`, in the type of the sums: none, one, or one for every sample and channel.
 BLOBLOSS_EXPORT int32_t blobloss_segment_stats_backward(const struct bl_problem* problem, const void* grad_sums,
-                                                        void* grad);
+                                                        const void* scales, int64_t num_scales, void* grad);
 
 BLOBLOSS_EXPORT int32_t blobloss_finish(const struct bl_finish* arguments);
+
+// blobloss_segment_stats_forward into counts and sums, which `arguments` names as well, then blobloss_finish.
+BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t* counts, void* sums,
+                                      const struct bl_finish* arguments);
 
 // The largest of the integers in a volume [B, C, V], at least 0.
 BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t batch, int64_t voxels,

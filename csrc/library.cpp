@@ -90,6 +90,19 @@ void combine(const bl_threads& threads, const bl_problem& problem, const Plan& p
   run_parallel(threads_for(threads, entries, kParallelEntries), entries, add);
 }
 
+// A copy of grad_sums times the scales, null without memory.
+template <typename T>
+void* multiply(const bl_problem& problem, const void* grad_sums, const void* scales, int64_t num_scales) {
+  const int64_t pairs = problem.batch * problem.channels, size = problem.num_cells * problem.num_features;
+  T* scaled = static_cast<T*>(malloc(static_cast<size_t>(pairs * size + 1) * sizeof(T)));
+  for (int64_t pair = 0; pair < pairs && scaled; ++pair) {
+    const T scale = static_cast<const T*>(scales)[num_scales > 1 ? pair : 0];
+    const T* from = static_cast<const T*>(grad_sums) + pair * size;
+    for (int64_t i = 0; i < size; ++i) scaled[pair * size + i] = from[i] * scale;
+  }
+  return scaled;
+}
+
 }  // namespace
 }  // namespace blobloss
 
@@ -126,14 +139,28 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   return status.load();
 }
 
-int32_t blobloss_segment_stats_backward(const bl_problem* problem, const void* grad_sums, void* grad) {
+int32_t blobloss_segment_stats_backward(const bl_problem* problem, const void* grad_sums, const void* scales,
+                                        int64_t num_scales, void* grad) {
   const Plan plan = plan_for(*problem);
+  void* scaled = nullptr;
+  if (num_scales) {
+    scaled = problem->logits.type == BL_F64 ? multiply<double>(*problem, grad_sums, scales, num_scales)
+                                            : multiply<float>(*problem, grad_sums, scales, num_scales);
+    if (!scaled) return BL_NO_MEMORY;
+    grad_sums = scaled;
+  }
   std::atomic<int32_t> status{0};
   run_parallel(threads_for(*problem), plan.groups * plan.chunks, [&](int64_t begin, int64_t end) {
     const int32_t found = kernels().backward(*problem, plan, begin, end, grad_sums, grad);
     if (found) status.fetch_or(found);
   });
+  free(scaled);
   return status.load();
+}
+
+int32_t blobloss_loss(const bl_problem* problem, int64_t* counts, void* sums, const bl_finish* arguments) {
+  const int32_t status = blobloss_segment_stats_forward(problem, counts, sums);
+  return status ? status : blobloss_finish(arguments);
 }
 
 int64_t blobloss_largest(const bl_volume* volume, int64_t batch, int64_t voxels, const bl_threads* threads) {

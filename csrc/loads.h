@@ -40,6 +40,70 @@ BL_INLINE uint16_t to_bfloat(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
+template <typename T>
+BL_INLINE void from_halves(const uint16_t* __restrict from, int n, T* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from_half(from[i]));
+}
+template <typename T>
+BL_INLINE void to_halves(const T* __restrict from, int n, uint16_t* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = to_half(static_cast<float>(from[i]));
+}
+template <typename T>
+BL_INLINE void from_bfloats(const uint16_t* __restrict from, int n, T* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from_bfloat(from[i]));
+}
+template <typename T>
+BL_INLINE void to_bfloats(const T* __restrict from, int n, uint16_t* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = to_bfloat(static_cast<float>(from[i]));
+}
+
+#if defined(__AVX512F__)
+// The same by what this instruction set has for it, where nothing is left over.
+
+BL_INLINE __m256i load_halves(const uint16_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+BL_INLINE void store_halves(uint16_t* to, __m256i halves) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+
+BL_INLINE void from_halves(const uint16_t* from, int n, float* to) {
+  if (n % 16) return from_halves<float>(from, n, to);
+  for (int i = 0; i < n; i += 16) _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(kAll, load_halves(from + i)));
+}
+
+BL_INLINE void to_halves(const float* from, int n, uint16_t* to) {
+  if (n % 16) return to_halves<float>(from, n, to);
+  for (int i = 0; i < n; i += 16)
+    store_halves(to + i, _mm512_maskz_cvtps_ph(kAll, _mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+}
+
+BL_INLINE void from_bfloats(const uint16_t* from, int n, float* to) {
+  if (n % 16) return from_bfloats<float>(from, n, to);
+  for (int i = 0; i < n; i += 16) {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, load_halves(from + i));
+    _mm512_storeu_si512(to + i, _mm512_maskz_slli_epi32(kAll, wide, 16));
+  }
+}
+
+BL_INLINE void to_bfloats(const float* from, int n, uint16_t* to) {
+  if (n % 16) return to_bfloats<float>(from, n, to);
+  alignas(64) uint16_t odd[32];  // where the high halves are
+  for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>((2 * i + 1) % 32);
+  const __m512i order = _mm512_load_si512(odd);
+  for (int i = 0; i < n; i += 16) {
+    const __m512 x = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    __m512i rounded = _mm512_add_epi32(bits, half);
+    rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), rounded, one);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    const __m512i halves = _mm512_maskz_permutexvar_epi16(0xffffffff, order, rounded);
+    store_halves(to + i, _mm512_maskz_extracti32x8_epi32(0xff, halves, 0));
+  }
+}
+#endif
+
 // ---------------------------------------------------------------- logits
 
 // The n logits at an offset: read where they lie if that is a whole block of the type computed in, otherwise converted
@@ -56,12 +120,12 @@ static const T* load_logits(const bl_volume& volume, int64_t offset, int n, T* _
     }
     case BL_F16: {
       const uint16_t* __restrict from = static_cast<const uint16_t*>(volume.data) + offset;
-      for (int i = 0; i < n; ++i) buffer[i] = static_cast<T>(from_half(from[i]));
+      from_halves(from, n, buffer);
       break;
     }
     case BL_BF16: {
       const uint16_t* __restrict from = static_cast<const uint16_t*>(volume.data) + offset;
-      for (int i = 0; i < n; ++i) buffer[i] = static_cast<T>(from_bfloat(from[i]));
+      from_bfloats(from, n, buffer);
       break;
     }
   }
@@ -78,12 +142,12 @@ static void store_gradient(int32_t type, void* gradient, int64_t offset, int n, 
       break;
     case BL_F16: {
       uint16_t* __restrict to = static_cast<uint16_t*>(gradient) + offset;
-      for (int i = 0; i < n; ++i) to[i] = to_half(static_cast<float>(from[i]));
+      to_halves(from, n, to);
       break;
     }
     case BL_BF16: {
       uint16_t* __restrict to = static_cast<uint16_t*>(gradient) + offset;
-      for (int i = 0; i < n; ++i) to[i] = to_bfloat(static_cast<float>(from[i]));
+      to_bfloats(from, n, to);
       break;
     }
   }
@@ -173,25 +237,25 @@ template <typename S>
 static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32_t classes,
                      const int32_t* __restrict ids, int32_t* __restrict cells) {
   const S* __restrict from = static_cast<const S*>(data) + offset;
-  Found found = {0, 0};
-  if (own < 0) {
+  int32_t unknown = 0, different = 0;
+  const auto join_voxels = [&](auto bit_of, auto is_unknown) {
+    const auto cell_of = [&](int i) { return twice(ids[i], bit_of(value_of(from[i]))) | (ids[i] >> 31); };
+    const int32_t first = cell_of(0);
     for (int i = 0; i < n; ++i) {
-      const auto value = value_of(from[i]);
-      const int32_t bit = value != 0, ignored = ids[i] >> 31;  // all bits where it is
-      cells[i] = twice(ids[i], bit) | ignored;
-      found.unknown |= (value != 1 ? bit : 0) & ~ignored;
+      const int32_t cell = cell_of(i);
+      cells[i] = cell;
+      different |= cell ^ first;
+      unknown |= is_unknown(value_of(from[i])) & ~(ids[i] >> 31);
     }
-  } else {
-    for (int i = 0; i < n; ++i) {
-      const auto value = value_of(from[i]);
-      const int32_t bit = value == static_cast<decltype(value)>(own), ignored = ids[i] >> 31;
-      cells[i] = twice(ids[i], bit) | ignored;
-      found.unknown |= (is_class(value, classes) ? 0 : 1) & ~ignored;
-    }
-  }
+  };
+  if (own < 0)
+    join_voxels([](auto value) -> int32_t { return value != 0; },
+                [](auto value) -> int32_t { return (value != 0) & (value != 1); });
+  else
+    join_voxels([=](auto value) -> int32_t { return value == static_cast<decltype(value)>(own); },
+                [=](auto value) -> int32_t { return !is_class(value, classes); });
   for (int i = n; i < kBlock; ++i) cells[i] = -1;
-  for (int i = 0; i < kBlock; ++i) found.different |= cells[i] ^ cells[0];
-  return found;
+  return {n < kBlock ? 1 : different, unknown};
 }
 
 static Found join(const bl_volume& target, int64_t offset, int n, int32_t own, int32_t classes, const int32_t* ids,

@@ -1,5 +1,7 @@
-// Blocks whose voxels lie in several cells. The background is summed and written as vectors, and so is an instance that
-// owns much of the block; the voxels of the rest are listed, and looked at one by one.
+// Blocks whose voxels lie in several cells, in groups of 16 voxels. The background is summed and written as vectors, and
+// so is the instance that was met last, which usually goes on in the next group that is not all background. A block of
+// tiny instances keeps a processor from foreseeing where that leads: once too many were met, the voxels of the
+// instances in the remaining groups are listed, and looked at one by one.
 #pragma once
 
 #include "loads.h"
@@ -7,204 +9,193 @@
 namespace blobloss {
 namespace BLOBLOSS_ISA {
 
-constexpr int kLanes = 32;   // of a sum: the 16 voxels of a lane are added up in the type of the logits
-constexpr int kGroup = 32;   // voxels that a 32-bit mask speaks of
-constexpr int kMany = 32;    // voxels from which it may pay to sum an instance as a vector
-constexpr int kRun = 16;     // voxels of other instances that are looked at together
+constexpr int kGroup = 16;
+constexpr uint32_t kWholeGroup = 0xffff;
+constexpr int kFewVisits = 8;  // to rows of instances, from which a block is crowded
+
+// ---------------------------------------------------------------- groups: one bit or one lane per voxel
 
 BL_INLINE uint32_t equal_to(const int32_t* cells, int32_t cell) {
 #if defined(__AVX512F__)
-  const __m512i all = _mm512_set1_epi32(cell);
-  const uint32_t low = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells), all);
-  const uint32_t high = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells + 16), all);
-  return low | high << 16;
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells), _mm512_set1_epi32(cell));
 #elif defined(__AVX2__)
-  uint32_t mask = 0;
+  uint32_t bits = 0;
   for (int i = 0; i < kGroup; i += 8) {
     const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cells + i));
     const __m256i equal = _mm256_cmpeq_epi32(eight, _mm256_set1_epi32(cell));
-    mask |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(equal))) << i;
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(equal))) << i;
   }
-  return mask;
+  return bits;
 #else
-  uint32_t mask = 0;
-  for (int i = 0; i < kGroup; ++i) mask |= static_cast<uint32_t>(cells[i] == cell) << i;
-  return mask;
+  uint32_t bits = 0;
+  for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(cells[i] == cell) << i;
+  return bits;
 #endif
 }
 
-// ---------------------------------------------------------------- what is in a block
-
-constexpr int kWord = 64;  // voxels that a word of masks speaks of
-constexpr int kWords = kBlock / kWord;
-
-struct Mixture {
-  int32_t instance;  // the first in the block if it owns much of it, otherwise 0
-  int32_t num_background;
-  int32_t num_instance;
-  int32_t num_rest;
-  uint64_t background[kWords];  // which voxels are background, as bits
-  uint64_t own[kWords];         // and which are of the instance
-  int32_t rest[kBlock + 8];     // where all others are; room for more, since eight are written at a time
-};
-
-BL_INLINE uint64_t word_of(const int32_t* cells, int32_t cell) {
-  return equal_to(cells, cell) | static_cast<uint64_t>(equal_to(cells + kGroup, cell)) << kGroup;
+BL_INLINE uint32_t negative(const int32_t* cells) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(_mm512_loadu_si512(cells));
+#elif defined(__AVX2__)
+  const float* bits = reinterpret_cast<const float*>(cells);
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(bits))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(bits + 8))) << 8;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(cells[i] < 0) << i;
+  return bits;
+#endif
 }
 
-static void look_at(const int32_t* __restrict cells, Mixture& __restrict mixture) {
-  int32_t instance = 0, num_background = 0, num_instance = 0, num_rest = 0;
-  for (int w = 0; w < kWords; ++w) {
-    const uint64_t background = word_of(cells + w * kWord, 0);
-    mixture.background[w] = background;
-    num_background += __builtin_popcountll(background);
-    for (uint64_t left = instance ? 0 : ~background; left && !instance; left &= left - 1) {
-      const int32_t cell = cells[w * kWord + __builtin_ctzll(left)];
-      instance = cell > 0 ? cell : 0;
+// Sums of some of the voxels of many groups. A mask and not a product: other voxels may be NaN.
+template <typename T>
+struct Lanes {
+  alignas(64) T lane[kGroup] = {};
+
+  BL_INLINE_MEMBER void add(const T* values, const int32_t* cells, int32_t cell, uint32_t) {
+    using Bits = typename BitsOf<T>::type;
+    for (int i = 0; i < kGroup; ++i) {
+      const Bits mask = cells[i] == cell ? ~Bits{0} : Bits{0};
+      lane[i] += number_of(static_cast<Bits>(bits_of(values[i]) & mask));
     }
   }
-  for (int w = 0; w < kWords; ++w) {
-    mixture.own[w] = instance ? word_of(cells + w * kWord, instance) : 0;
-    num_instance += __builtin_popcountll(mixture.own[w]);
+  BL_INLINE_MEMBER double total() const {
+    alignas(64) double exact[kGroup];
+    for (int i = 0; i < kGroup; ++i) exact[i] = static_cast<double>(lane[i]);
+    return add_up<kGroup>(exact);
   }
-  const bool is_large = num_instance >= kMany;
-  mixture.instance = is_large ? instance : 0;
-  mixture.num_background = num_background;
-  mixture.num_instance = is_large ? num_instance : 0;
-  if (num_background + mixture.num_instance < kBlock) {
-    for (int w = 0; w < kWords; ++w) {
-      uint64_t left = ~(mixture.background[w] | (is_large ? mixture.own[w] : 0));
-      const int count = __builtin_popcountll(left);
-      for (int done = 0; done < count; done += 8) {  // eight at a time: how often is easier to foresee
-        for (int j = 0; j < 8; ++j) {
-          mixture.rest[num_rest + done + j] = w * kWord + (left ? __builtin_ctzll(left) : 0);
-          left &= left - 1;
-        }
+};
+
+// The gradient of a group: the coefficients of `own` where the cells are `cell`, those of `others` elsewhere, times the
+// slopes.
+template <typename T, int F>
+BL_INLINE void weigh(const T (*slopes)[kBlock], int start, const int32_t* cells, int32_t cell, uint32_t, const T* own,
+                     const T* others, T* grad) {
+  using Bits = typename BitsOf<T>::type;
+  T sum[kGroup] = {};
+  for (int f = 0; f < F; ++f) {
+    const Bits mine = bits_of(own[f]), theirs = bits_of(others[f]);
+    for (int i = 0; i < kGroup; ++i) {
+      const Bits inside = cells[i] == cell ? ~Bits{0} : Bits{0};
+      sum[i] += number_of(static_cast<Bits>((mine & inside) | (theirs & ~inside))) * slopes[f][start + i];
+    }
+  }
+  for (int i = 0; i < kGroup; ++i) grad[i] = sum[i];
+}
+
+#if defined(__AVX512F__)
+template <>
+struct Lanes<float> {
+  __m512 lanes = _mm512_setzero_ps();
+
+  BL_INLINE_MEMBER void add(const float* values, const int32_t*, int32_t, uint32_t bits) {
+    lanes = _mm512_mask_add_ps(lanes, static_cast<__mmask16>(bits), lanes, _mm512_loadu_ps(values));
+  }
+  BL_INLINE_MEMBER double total() const { return add_lanes(lanes, _mm512_setzero_ps()); }
+};
+
+template <int F>
+BL_INLINE void weigh(const float (*slopes)[kBlock], int start, const int32_t*, int32_t, uint32_t bits, const float* own,
+                     const float* others, float* grad) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int f = 0; f < F; ++f) {
+    const __m512 weight = _mm512_mask_blend_ps(static_cast<__mmask16>(bits), all(others[f]), all(own[f]));
+    sum = _mm512_fmadd_ps(weight, _mm512_load_ps(slopes[f] + start), sum);
+  }
+  _mm512_storeu_ps(grad, sum);
+}
+#endif
+
+// ---------------------------------------------------------------- lists
+
+struct List {
+  int32_t size = 0;
+  int32_t where[kBlock + 8];  // room for more, since eight are written at a time: how often is easier to foresee
+
+  BL_INLINE_MEMBER void append(uint64_t bits, int32_t start) {
+    const int count = __builtin_popcountll(bits);
+    for (int done = 0; done < count; done += 8)
+      for (int j = 0; j < 8; ++j) {
+        where[size + done + j] = start + (bits ? __builtin_ctzll(bits) : 0);
+        bits &= bits - 1;
       }
-      num_rest += count;
-    }
+    size += count;
   }
-  mixture.num_rest = num_rest;
+};
+
+// Lists, from a group on, the voxels for which `bits_of_group(start)` has a bit.
+template <typename Bits>
+BL_INLINE void list_from(int start, List& list, Bits bits_of_group) {
+  uint64_t word = 0;
+  for (; start < kBlock; start += kGroup) {
+    word |= static_cast<uint64_t>(bits_of_group(start)) << (start % 64);
+    if ((start + kGroup) % 64) continue;
+    list.append(word, start + kGroup - 64);
+    word = 0;
+  }
 }
 
 // ---------------------------------------------------------------- sums
 
-// The sum of a few numbers as a tree: short chains, small errors.
-template <int kCount, typename T>
-BL_INLINE T add_up(T* __restrict numbers) {
-  for (int width = kCount / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) numbers[i] += numbers[i + width];
-  return numbers[0];
-}
-
-template <typename T>
-BL_INLINE double add_lanes(const T* __restrict lanes) {
-  alignas(64) double exact[kLanes];
-  for (int i = 0; i < kLanes; ++i) exact[i] = static_cast<double>(lanes[i]);
-  return add_up<kLanes>(exact);
-}
-
-template <typename T>
-BL_INLINE double sum_block(const T* __restrict values) {
-  alignas(64) T lanes[kLanes] = {};
-  for (int i = 0; i < kBlock; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += values[i + j];
-  return add_lanes(lanes);
-}
-
-// The sum over one cell, whose voxels are also given as bits. A mask and not a product: other voxels may be NaN.
-template <typename T>
-BL_INLINE double sum_cell(const T* __restrict values, const int32_t* __restrict cells, int32_t cell, const uint64_t*) {
-  using Bits = typename BitsOf<T>::type;
-  alignas(64) T lanes[kLanes] = {};
-  for (int i = 0; i < kBlock; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const Bits mask = cells[i + j] == cell ? ~Bits{0} : Bits{0};
-      lanes[j] += number_of(static_cast<Bits>(bits_of(values[i + j]) & mask));
-    }
-  return add_lanes(lanes);
-}
-
-#if defined(__AVX512F__)
-BL_INLINE double sum_cell(const float* values, const int32_t*, int32_t, const uint64_t* words) {
-  __m512 first = _mm512_setzero_ps(), second = first, third = first, fourth = first;
-  for (int w = 0; w < kWords; ++w) {
-    const float* own = values + w * kWord;
-    const uint64_t word = words[w];
-    first = _mm512_mask_add_ps(first, static_cast<__mmask16>(word), first, _mm512_loadu_ps(own));
-    second = _mm512_mask_add_ps(second, static_cast<__mmask16>(word >> 16), second, _mm512_loadu_ps(own + 16));
-    third = _mm512_mask_add_ps(third, static_cast<__mmask16>(word >> 32), third, _mm512_loadu_ps(own + 32));
-    fourth = _mm512_mask_add_ps(fourth, static_cast<__mmask16>(word >> 48), fourth, _mm512_loadu_ps(own + 48));
-  }
-  alignas(64) float lanes[kLanes];
-  _mm512_store_ps(lanes, _mm512_add_ps(first, second));
-  _mm512_store_ps(lanes + 16, _mm512_add_ps(third, fourth));
-  return add_lanes(lanes);
-}
-#endif
-
-// Whether all voxels of a run lie in the cell of the first. Where cells are tiny, its ends say no at once.
-BL_INLINE bool all_alike(const int32_t* cells, const int32_t* where) {
-  const int32_t first = cells[where[0]];
-  if (cells[where[kRun - 1]] != first) return false;
-  int32_t different = 0;
-  for (int j = 0; j < kRun; ++j) different |= cells[where[j]] ^ first;
-  return different == 0;
-}
-
-// Adds the listed voxels to their rows, and takes them out of the values.
 template <typename T, int F>
-static void move_rest(T (*values)[kBlock], const int32_t* cells, const Mixture& mixture, double* table) {
-  constexpr int kRow = 1 + F;
-  for (int start = 0; start < mixture.num_rest; start += kRun) {
-    const int32_t* where = mixture.rest + start;
-    const int n = mixture.num_rest - start < kRun ? mixture.num_rest - start : kRun;
-    if (n == kRun && all_alike(cells, where)) {  // adding to one row again and again would wait for each addition
-      double sums[F + 1] = {kRun};
-      for (int f = 0; f < F; ++f) {
-        alignas(64) double run[kRun];
-        for (int j = 0; j < kRun; ++j) {
-          run[j] = static_cast<double>(values[f][where[j]]);
-          values[f][where[j]] = 0;
-        }
-        sums[1 + f] = add_up<kRun>(run);
-      }
-      const int64_t cell = cells[where[0]];
-      for (int k = 0; k < kRow && cell >= 0; ++k) table[cell * kRow + k] += sums[k];
-      continue;
-    }
-    for (int j = 0; j < n; ++j) {
-      const int64_t cell = cells[where[j]];
-      if (cell >= 0) {
-        table[cell * kRow] += 1;
-        for (int f = 0; f < F; ++f) table[cell * kRow + 1 + f] += static_cast<double>(values[f][where[j]]);
-      }
-      for (int f = 0; f < F; ++f) values[f][where[j]] = 0;
-    }
-  }
+BL_INLINE void add_voxel(const T (*values)[kBlock], const int32_t* cells, int32_t i, double* table) {
+  double* row = table + static_cast<int64_t>(cells[i]) * (1 + F);
+  row[0] += 1;
+  for (int f = 0; f < F; ++f) row[1 + f] += static_cast<double>(values[f][i]);
 }
 
-// Adds a block to a table of rows (count, sums); the values are used up.
+// Adds a block to a table of rows (count, sums).
 template <typename T, int F>
-static void add_mixed(T (*values)[kBlock], const int32_t* cells, double* table) {
-  Mixture mixture;
-  look_at(cells, mixture);
-  table[0] += mixture.num_background;
-  move_rest<T, F>(values, cells, mixture, table);
-  if (!mixture.instance) {
-    for (int f = 0; f < F; ++f) table[1 + f] += sum_block(values[f]);
-    return;
+static void add_mixed(const T (*values)[kBlock], const int32_t* cells, double* table) {
+  Lanes<T> background[F + 1], own[F + 1];
+  int32_t instance = 0, num_background = 0, num_own = 0;
+  int visits = 0, start = 0;
+  const auto take_background = [&](int start) {
+    const uint32_t outside = equal_to(cells + start, 0);
+    num_background += __builtin_popcount(outside);
+    for (int f = 0; f < F; ++f) background[f].add(values[f] + start, cells + start, 0, outside);
+    return outside;
+  };
+  const auto flush = [&] {
+    if (!num_own) return;
+    double* row = table + static_cast<int64_t>(instance) * (1 + F);
+    row[0] += num_own;
+    for (int f = 0; f < F; ++f) row[1 + f] += own[f].total();
+  };
+  for (; start < kBlock && visits < kFewVisits; start += kGroup) {
+    const uint32_t outside = take_background(start);
+    if (outside == kWholeGroup) continue;
+    const int32_t* group = cells + start;
+    uint32_t left = kWholeGroup & ~(outside | negative(group));
+    if (!left) continue;
+    const int32_t first = group[__builtin_ctz(left)];
+    if (first != instance) {
+      flush();
+      instance = first;
+      num_own = 0;
+      for (auto& lanes : own) lanes = {};
+      ++visits;
+    }
+    const uint32_t inside = equal_to(group, instance);
+    num_own += __builtin_popcount(inside);
+    for (int f = 0; f < F; ++f) own[f].add(values[f] + start, group, instance, inside);
+    for (left &= ~inside; left; left &= left - 1) {
+      add_voxel<T, F>(values, cells, start + __builtin_ctz(left), table);
+      ++visits;
+    }
   }
-  double* row = table + static_cast<int64_t>(mixture.instance) * (1 + F);
-  row[0] += mixture.num_instance;
-  for (int f = 0; f < F; ++f) {
-    table[1 + f] += sum_cell(values[f], cells, 0, mixture.background);
-    row[1 + f] += sum_cell(values[f], cells, mixture.instance, mixture.own);
+  flush();
+  if (start < kBlock) {
+    List list;
+    list_from(start, list, [&](int at) { return kWholeGroup & ~(take_background(at) | negative(cells + at)); });
+    for (int j = 0; j < list.size; ++j) add_voxel<T, F>(values, cells, list.where[j], table);
   }
+  table[0] += num_background;
+  for (int f = 0; f < F; ++f) table[1 + f] += background[f].total();
 }
 
 template <typename T>
-static void add_mixed_block(T (*values)[kBlock], const int32_t* cells, int32_t num_features, double* table) {
+static void add_mixed_block(const T (*values)[kBlock], const int32_t* cells, int32_t num_features, double* table) {
   switch (num_features) {
     case 0: return add_mixed<T, 0>(values, cells, table);
     case 1: return add_mixed<T, 1>(values, cells, table);
@@ -219,27 +210,62 @@ static void add_mixed_block(T (*values)[kBlock], const int32_t* cells, int32_t n
 // ---------------------------------------------------------------- gradients
 
 // The gradient of a block: coefficient times slope, over the features, with the coefficients [K, F] of a voxel's cell.
-template <typename T>
-static void mixed_gradient(const T (*slopes)[kBlock], const int32_t* __restrict cells, const T* coefficients,
-                           int32_t num_features, T* __restrict grad) {
-  Mixture mixture;
-  look_at(cells, mixture);
-  const int32_t instance = mixture.instance;
-  const T* of_instance = coefficients + static_cast<int64_t>(instance) * num_features;
-  for (int32_t f = 0; f < num_features; ++f) {
-    const T* __restrict slope = slopes[f];
-    const T outside = coefficients[f], inside = of_instance[f];
-    if (f == 0)
-      for (int i = 0; i < kBlock; ++i) grad[i] = (cells[i] == instance ? inside : outside) * slope[i];
+template <typename T, int F>
+static void weigh_mixed(const T (*slopes)[kBlock], const int32_t* cells, const T* coefficients, T* grad) {
+  int32_t instance = 0;
+  int visits = 0, start = 0;
+  const auto write_group = [&](int at, int32_t cell, uint32_t inside) {
+    const T* own = coefficients + static_cast<int64_t>(cell) * F;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == sizeof(float))
+      return weigh<F>(slopes, at, cells + at, cell, inside, own, coefficients, grad + at);
     else
-      for (int i = 0; i < kBlock; ++i) grad[i] += (cells[i] == instance ? inside : outside) * slope[i];
-  }
-  for (int j = 0; j < mixture.num_rest; ++j) {
-    const int i = mixture.rest[j];
+#endif
+      return weigh<T, F>(slopes, at, cells + at, cell, inside, own, coefficients, grad + at);
+  };
+  const auto write_voxel = [&](int32_t i) {
     const int64_t cell = cells[i];
     T sum = 0;  // where a voxel is ignored, even if its logit is NaN
-    for (int32_t f = 0; f < num_features && cell >= 0; ++f) sum += coefficients[cell * num_features + f] * slopes[f][i];
+    for (int f = 0; f < F && cell >= 0; ++f) sum += coefficients[cell * F + f] * slopes[f][i];
     grad[i] = sum;
+  };
+  for (; start < kBlock && visits < kFewVisits; start += kGroup) {
+    const int32_t* group = cells + start;
+    const uint32_t outside = equal_to(group, 0);
+    uint32_t left = kWholeGroup & ~outside;
+    const uint32_t foreground = left ? left & ~negative(group) : 0;
+    if (foreground) {
+      const int32_t first = group[__builtin_ctz(foreground)];
+      visits += first != instance;
+      instance = first;
+    }
+    const uint32_t inside = equal_to(group, instance);
+    write_group(start, instance, inside);
+    for (left &= ~inside; left; left &= left - 1) {
+      write_voxel(start + __builtin_ctz(left));
+      ++visits;
+    }
+  }
+  if (start == kBlock) return;
+  List list;
+  list_from(start, list, [&](int at) {
+    const uint32_t outside = equal_to(cells + at, 0);
+    write_group(at, 0, outside);
+    return kWholeGroup & ~outside;
+  });
+  for (int j = 0; j < list.size; ++j) write_voxel(list.where[j]);
+}
+
+template <typename T>
+static void mixed_gradient(const T (*slopes)[kBlock], const int32_t* cells, const T* coefficients,
+                           int32_t num_features, T* grad) {
+  switch (num_features) {
+    case 1: return weigh_mixed<T, 1>(slopes, cells, coefficients, grad);
+    case 2: return weigh_mixed<T, 2>(slopes, cells, coefficients, grad);
+    case 3: return weigh_mixed<T, 3>(slopes, cells, coefficients, grad);
+    case 4: return weigh_mixed<T, 4>(slopes, cells, coefficients, grad);
+    case 5: return weigh_mixed<T, 5>(slopes, cells, coefficients, grad);
+    case 6: return weigh_mixed<T, 6>(slopes, cells, coefficients, grad);
   }
 }
 

@@ -1,9 +1,9 @@
 // The table of sums and its gradient on the CPU: one read of the logits and the cells forward, one read and one write
 // backward (8 and 12 bytes per voxel at fp32 logits and int32 cells), no temporary larger than a block.
 //
-// A block of 512 voxels that lie in one cell, as nearly all do, is summed and written without looking at its cells again.
-// In the others the background is summed under a mask, and only the voxels of instances are looked at one by one. This
-// file is compiled once for every instruction set, each time in the namespace BLOBLOSS_ISA.
+// A block of 512 voxels that lie in one cell, as nearly all do, is summed and written without looking at its cells again;
+// mixed_block.h has the others. This file is compiled once for every instruction set, each time in the namespace
+// BLOBLOSS_ISA.
 
 #include "segment_stats.h"
 
@@ -24,11 +24,12 @@ static void add_block(const bl_problem& problem, Block<T>& block, const T* z, co
     if (outside) *status |= BL_NOT_A_PROBABILITY;
   }
   const int32_t num_features = problem.num_features;
-  evaluate_block<T, false>(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma));
+  evaluate_block(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma),
+                 !cells.uniform);
   if (!cells.uniform) return add_mixed_block(block.out, cells.ids, num_features, table);
   double* row = table + static_cast<int64_t>(cells.ids[0]) * (1 + num_features);
   row[0] += kBlock;
-  for (int32_t f = 0; f < num_features; ++f) row[1 + f] += sum_block(block.out[f]);
+  for (int32_t f = 0; f < num_features; ++f) row[1 + f] += block.sums[f];
 }
 
 // The gradient of one channel of one block with respect to z; coefficients [K, F].
@@ -41,20 +42,10 @@ static void block_gradient(const bl_problem& problem, Block<T>& block, const T* 
     for (int i = 0; i < kBlock; ++i) grad[i] = 0;
     return;
   }
-  evaluate_block<T, true>(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma));
-  if (labels.uniform) {
-    const T* row = coefficients + static_cast<int64_t>(cells[0]) * num_features;
-    for (int32_t f = 0; f < num_features; ++f) {
-      const T* __restrict slope = block.out[f];
-      const T g = row[f];
-      if (f == 0)
-        for (int i = 0; i < kBlock; ++i) grad[i] = g * slope[i];
-      else
-        for (int i = 0; i < kBlock; ++i) grad[i] += g * slope[i];
-    }
-    return;
-  }
-  mixed_gradient(block.out, cells, coefficients, num_features, grad);
+  const T* row = labels.uniform ? coefficients + static_cast<int64_t>(cells[0]) * num_features : nullptr;
+  evaluate_slopes(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma), row,
+                  grad);
+  if (!labels.uniform) mixed_gradient(block.out, cells, coefficients, num_features, grad);
 }
 
 // ---------------------------------------------------------------- tasks
@@ -213,12 +204,13 @@ static int64_t largest(int32_t type, const void* data, int64_t n) {
 template <typename T>
 static void evaluate_as(int32_t feature, int32_t activation, T gamma, const T* x, int64_t n, T* value, T* slope) {
   Block<T> block;
+  alignas(64) T z[kBlock];
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t size = n - start < kBlock ? n - start : kBlock;
-    for (int64_t i = 0; i < kBlock; ++i) block.z[i] = i < size ? x[start + i] : T(0);
-    evaluate_block<T, false>(block, block.z, &feature, 1, activation, gamma);
+    for (int64_t i = 0; i < kBlock; ++i) z[i] = i < size ? x[start + i] : T(0);
+    evaluate_block(block, z, &feature, 1, activation, gamma, true);
     memcpy(value + start, block.out[0], static_cast<size_t>(size) * sizeof(T));
-    evaluate_block<T, true>(block, block.z, &feature, 1, activation, gamma);
+    evaluate_slopes<T>(block, z, &feature, 1, activation, gamma, nullptr, nullptr);
     memcpy(slope + start, block.out[0], static_cast<size_t>(size) * sizeof(T));
   }
 }

@@ -19,10 +19,11 @@
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
-#define BL_INLINE static __forceinline
+#define BL_INLINE_MEMBER __forceinline
 #else
-#define BL_INLINE static inline __attribute__((always_inline))
+#define BL_INLINE_MEMBER inline __attribute__((always_inline))
 #endif
+#define BL_INLINE static BL_INLINE_MEMBER
 
 namespace blobloss {
 namespace BLOBLOSS_ISA {

@@ -44,7 +44,7 @@ Result compute(const Case& c, const bl_threads& threads, unsigned char fill) {
   r.grad.assign(static_cast<size_t>(c.pairs() * p.voxels * kBytes[p.logits.type]), fill);
   int64_t* counts = reinterpret_cast<int64_t*>(r.counts.data());
   r.status = blobloss_segment_stats_forward(&p, counts, r.sums.data());
-  r.status |= blobloss_segment_stats_backward(&p, c.grad_sums.data(), r.grad.data());
+  r.status |= blobloss_segment_stats_backward(&p, c.grad_sums.data(), nullptr, 0, r.grad.data());
   r.largest = blobloss_largest(&p.cells, p.batch, p.voxels, &threads);
   if (c.expected) return r;
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import blobloss_fast
-from blobloss_fast.kernels import native, reference
+from blobloss_fast.kernels import native, reference, structs
 from blobloss_fast.kernels.layout import (
     ACTIVATIONS,
     CHANNEL0,
@@ -143,7 +143,7 @@ def header() -> str:
         ("activation", "BL_", ACTIVATIONS),
         ("masking", "BL_", [name.replace("none", "mask_none") for name in MASKINGS]),
         ("channel0", "BL_", CHANNEL0),
-        ("reduction", "BL_", [name.replace("none", "no_reduction") for name in native._REDUCTIONS]),
+        ("reduction", "BL_", [name.replace("none", "no_reduction") for name in structs.REDUCTIONS]),
         ("type", "BL_", ["f16", "bf16", "f32", "f64", "bool", "u8", "i8", "i16", "i32", "i64"]),
     ],
 )
@@ -156,8 +156,8 @@ def test_enumerators_have_the_order_of_the_names(enum: str, prefix: str, names: 
 def test_types_have_the_order_of_their_enumerators() -> None:
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool)
     dtypes += (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    assert tuple(native._TYPES) == dtypes
-    assert tuple(native._TYPES.values()) == tuple(range(10))
+    assert tuple(structs.TYPES) == dtypes
+    assert tuple(structs.TYPES.values()) == tuple(range(10))
 
 
 def fields(name: str) -> str:
@@ -173,23 +173,23 @@ def fields(name: str) -> str:
         elif kind.startswith("struct "):
             found += fields(kind.removeprefix("struct "))
         else:
-            found += codes[kind] * (native._MOST_FEATURES if "[BLOBLOSS_MAX_FEATURES]" in declaration else 1)
+            found += codes[kind] * (structs.MOST_FEATURES if "[BLOBLOSS_MAX_FEATURES]" in declaration else 1)
     return found
 
 
 def spelled_out(layout: struct.Struct) -> str:
     """The format of a Struct with its repetitions written out and its padding left out."""
-    flat = layout.format.replace(f"{native._OPTIONS.size}s", native._OPTIONS.format.lstrip("@"))
+    flat = layout.format.replace(f"{structs.OPTIONS.size}s", structs.OPTIONS.format.lstrip("@"))
     codes = re.findall(r"(\d*)([a-zA-Z])", flat)
     return "".join(code * int(times or 1) for times, code in codes if code != "x")
 
 
 def test_structs_have_the_fields_of_the_header() -> None:
     for name, layout in (
-        ("bl_volume", native._VOLUME),
-        ("bl_threads", native._THREADS),
-        ("bl_problem", native._PROBLEM),
-        ("bl_finish", native._FINISH),
+        ("bl_volume", structs.VOLUME),
+        ("bl_threads", structs.THREADS),
+        ("bl_problem", structs.PROBLEM),
+        ("bl_finish", structs.FINISH),
     ):
         assert spelled_out(layout) == fields(name)
         assert layout.size == struct.calcsize("@" + fields(name))  # the padding is where a C compiler puts it
@@ -198,7 +198,7 @@ def test_structs_have_the_fields_of_the_header() -> None:
 def test_numbers_are_those_of_the_header() -> None:
     constants = dict(re.findall(r"#define (\w+) (\d+)", header()))
     assert int(constants["BLOBLOSS_ABI"]) == native.ABI
-    assert int(constants["BLOBLOSS_MAX_FEATURES"]) == native._MOST_FEATURES
+    assert int(constants["BLOBLOSS_MAX_FEATURES"]) == structs.MOST_FEATURES
     bits = dict(re.findall(r"BL_(\w+) = (\d+)", header()))
     messages = {"TOO_LARGE": TOO_LARGE, "NOT_BINARY": NOT_BINARY, "NOT_A_CLASS": NOT_A_CLASS}
     messages["NOT_A_PROBABILITY"] = NOT_A_PROBABILITY

@@ -1,9 +1,7 @@
 """The native library (csrc/blobloss.h), called through ctypes: the CPU backend wherever it could be built.
 
 It is loaded at the first use. If that fails, `why_not` has the reason, and it is for the caller to take the reference.
-Between two passes over a small volume the time goes into Python, so a call packs all that it has to say into one string
-of bytes in the layout of the C struct: bytes never change, so calls from several threads need no lock, and ctypes
-releases the GIL while the library works.
+ctypes releases the GIL while the library works.
 """
 
 from __future__ import annotations
@@ -11,50 +9,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 import sys
-from array import array
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import structs
 from .finish import LossSpec
-from .layout import (
-    ACTIVATIONS,
-    CHANNEL0,
-    FEATURES,
-    MASKINGS,
-    NOT_A_CLASS,
-    NOT_A_PROBABILITY,
-    NOT_BINARY,
-    ROW_SIZE,
-    TOO_LARGE,
-    IdTooLargeError,
-)
+from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE, IdTooLargeError
 from .reference import compute_dtype
-from .rows import rows
 
 PATH = Path(__file__).parents[1] / ("_native" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so"))
-ABI = 1
+ABI = 2
 
-# Everything from here to the library must agree with csrc/blobloss.h; the order of names is that of its enumerators.
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_TYPES = {dtype: code for code, dtype in enumerate((*_FLOATS, torch.bool, *_INTEGERS))}
-_REDUCTIONS = ("mean", "none", "sum", "terms", "instances")
-_MOST_FEATURES = 6
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS, 1: TOO_LARGE, 8: NOT_A_PROBABILITY}  # the first one found is raised
 _NO_MEMORY = 16
-
-_VOLUME = struct.Struct("@Pqqii")
-_OPTIONS = struct.Struct("@diii6i4x")
-_THREADS = struct.Struct("@qP")
-_PROBLEM = struct.Struct(f"@{3 * 'Pqqii'}qqqq{_OPTIONS.size}sqP")
-_FINISH = struct.Struct("@7P5q3d13i4xqP")
-_NO_VOLUME = (0, 0, 0, 0, 0)
+_WITHOUT_GRADIENT = ("terms", "instances")  # reductions to several numbers, whose weights come with the backward pass
 
 
 class _Library(NamedTuple):
@@ -62,6 +34,7 @@ class _Library(NamedTuple):
     forward: Any
     backward: Any
     finish: Any
+    loss: Any
     largest: Any
 
 
@@ -100,8 +73,9 @@ def open_library(path: Path) -> _Library | str:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         library.blobloss_isa.restype = ctypes.c_char_p
         library.blobloss_segment_stats_forward.argtypes = (pointer, pointer, pointer)
-        library.blobloss_segment_stats_backward.argtypes = (pointer, pointer, pointer)
+        library.blobloss_segment_stats_backward.argtypes = (pointer, pointer, pointer, integer, pointer)
         library.blobloss_finish.argtypes = (pointer,)
+        library.blobloss_loss.argtypes = (pointer, pointer, pointer, pointer)
         library.blobloss_largest.argtypes = (pointer, integer, integer, pointer)
         library.blobloss_largest.restype = integer
         return _Library(
@@ -109,6 +83,7 @@ def open_library(path: Path) -> _Library | str:
             library.blobloss_segment_stats_forward,
             library.blobloss_segment_stats_backward,
             library.blobloss_finish,
+            library.blobloss_loss,
             library.blobloss_largest,
         )
     except (OSError, AttributeError) as error:  # another platform's file, or not a library of ours
@@ -173,18 +148,26 @@ def segment_stats_forward(
     channel0: str,
 ) -> tuple[Tensor, Tensor]:
     """Sum the features over every cell; see ``reference.segment_stats_forward``."""
-    if len(features) > _MOST_FEATURES:
+    if len(features) > len(set(features)):
         features, place = _distinct(features)
         counts, sums = segment_stats_forward(logits, cells, target, num_cells, features, activation, gamma, channel0)
         return counts, sums[..., place]
-    problem, _kept = _problem(logits, cells, target, num_cells, features, activation, gamma, channel0)
-    shape = (*logits.shape[:2], num_cells)
-    counts = logits.new_empty(shape, dtype=torch.int64)
-    sums = logits.new_empty((*shape, len(features)), dtype=compute_dtype(logits.dtype))
+    problem, _kept = structs.problem(
+        _threads(), logits, cells, target, num_cells, features, activation, gamma, channel0
+    )
+    counts, sums = _empty_table(logits, num_cells, features)
     status = _library().forward(problem, counts.data_ptr(), sums.data_ptr())
     if status:
         _raise(status)
     return counts, sums
+
+
+def _empty_table(logits: Tensor, num_cells: int, features: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    batch, channels = logits.shape[:2]
+    return (
+        torch.empty(batch, channels, num_cells, dtype=torch.int64),
+        torch.empty(batch, channels, num_cells, len(features), dtype=compute_dtype(logits.dtype)),
+    )
 
 
 def segment_stats_backward(
@@ -198,13 +181,35 @@ def segment_stats_backward(
     channel0: str,
 ) -> Tensor:
     """Gradient with respect to the logits, contiguous; see ``reference.segment_stats_backward``."""
-    if len(features) > _MOST_FEATURES:
+    if len(features) > len(set(features)):
         features, place = _distinct(features)
         grad_sums = grad_sums.new_zeros(*grad_sums.shape[:3], len(features)).index_add_(3, place, grad_sums)
-    problem, _kept = _problem(logits, cells, target, grad_sums.shape[2], features, activation, gamma, channel0)
-    grad_sums = grad_sums.to(compute_dtype(logits.dtype)).contiguous()
-    grad = logits.new_empty(logits.shape)
-    if _library().backward(problem, grad_sums.data_ptr(), grad.data_ptr()):
+    return _gradient(grad_sums, None, logits, cells, target, features, activation, gamma, channel0)
+
+
+def _gradient(
+    grad_sums: Tensor,
+    scales: Tensor | None,
+    logits: Tensor,
+    cells: Tensor,
+    target: Tensor | None,
+    features: tuple[str, ...],
+    activation: str,
+    gamma: float,
+    channel0: str,
+) -> Tensor:
+    """Return the gradient with respect to the logits, times the scales: one, or ``[B, C]``."""
+    problem, _kept = structs.problem(
+        _threads(), logits, cells, target, grad_sums.shape[2], features, activation, gamma, channel0
+    )
+    dtype = compute_dtype(logits.dtype)
+    grad_sums = grad_sums.to(dtype).contiguous()
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    scale, num_scales = 0, 0
+    if scales is not None:
+        scales = scales.to(dtype).contiguous()
+        scale, num_scales = scales.data_ptr(), scales.numel()
+    if _library().backward(problem, grad_sums.data_ptr(), scale, num_scales, grad.data_ptr()):
         _raise(_NO_MEMORY)  # the forward pass has raised for everything else
     return grad
 
@@ -213,63 +218,8 @@ def largest(ids: Tensor) -> int:
     """Return the largest of the ids, at least 0."""
     shape = ids.shape
     voxels = ids[0, 0].numel()
-    ids, volume = _volume("ids", ids, _INTEGERS, shape[0], shape[1], voxels)
-    return _library().largest(_VOLUME.pack(*volume), shape[0], voxels, _THREADS.pack(*_threads()))
-
-
-def _problem(
-    logits: Tensor,
-    cells: Tensor,
-    target: Tensor | None,
-    num_cells: int,
-    features: tuple[str, ...],
-    activation: str,
-    gamma: float,
-    channel0: str,
-) -> tuple[bytes, tuple[Tensor | None, ...]]:
-    """Return a bl_problem, and the tensors whose memory it points to: keep them until the library is done."""
-    shape = logits.shape
-    batch, channels = shape[0], shape[1]
-    voxels = logits.numel() // (batch * channels or 1)
-    logits, of_logits = _volume("logits", logits, _FLOATS, batch, channels, voxels)
-    cells, of_cells = _volume("cells", cells, _INTEGERS, batch, channels, voxels)
-    of_target = _NO_VOLUME
-    if target is not None:
-        target, of_target = _volume("target", target, _TYPES, batch, channels, voxels)
-    options = _options(features, activation, gamma, channel0)
-    problem = _PROBLEM.pack(*of_logits, *of_cells, *of_target, batch, channels, voxels, num_cells, options, *_threads())
-    return problem, (logits, cells, target)
-
-
-def _volume(
-    name: str, volume: Tensor, dtypes: Collection[torch.dtype], batch: int, channels: int, voxels: int
-) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """Return a volume with dense spatial axes, and the fields of its bl_volume.
-
-    Operators do not look at shapes and dtypes, and in C a wrong one would read other memory.
-    """
-    shape = volume.shape
-    own = shape[1]
-    if own not in (1, channels) or shape[0] != batch or volume.numel() != batch * own * voxels:
-        raise ValueError(
-            f"{name} must be [{batch}, 1 or {channels}, *spatial] with {voxels} voxels, like logits; got {list(shape)}"
-        )
-    dtype = volume.dtype
-    if dtype not in dtypes:
-        raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}; got {dtype}: convert it")
-    volume, batch_stride, channel_stride = rows(volume)
-    return volume, (volume.data_ptr(), batch_stride, channel_stride, _TYPES[dtype], own)
-
-
-@functools.lru_cache
-def _options(features: tuple[str, ...], activation: str, gamma: float, channel0: str) -> bytes:
-    return _OPTIONS.pack(gamma, ACTIVATIONS.index(activation), CHANNEL0.index(channel0), *_feature_codes(features))
-
-
-@functools.lru_cache
-def _feature_codes(features: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the number of features and their codes, filled up to the size of the array in C."""
-    return len(features), *map(FEATURES.index, features), *(0,) * (_MOST_FEATURES - len(features))
+    ids, volume = structs.volume("ids", ids, structs.INTEGERS, shape[0], shape[1], voxels)
+    return _library().largest(structs.VOLUME.pack(*volume), shape[0], voxels, structs.THREADS.pack(*_threads()))
 
 
 def _distinct(features: tuple[str, ...]) -> tuple[tuple[str, ...], Tensor]:
@@ -288,78 +238,78 @@ def _raise(status: int) -> None:
 # ---------------------------------------------------------------- the loss
 
 
+def blob_loss(
+    logits: Tensor,
+    instances: Tensor,
+    target: Tensor | None,
+    num_cells: int,
+    features: tuple[str, ...],
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over the cells and reduce the table to the loss, in one call: return the value, the counts, and what
+    ``blob_loss_backward`` needs.
+    """
+    problem, _kept = structs.problem(
+        _threads(), logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
+    )
+    counts, sums = _empty_table(logits, num_cells, features)
+    value, gradient = _empty_results(sums, target is not None, spec)
+    arguments = structs.finish(_threads(), counts, sums, None, value, gradient, features, target is not None, spec)
+    status = _library().loss(problem, counts.data_ptr(), sums.data_ptr(), arguments)
+    if status:
+        _raise(status)
+    return value, counts, sums if gradient is None else gradient
+
+
+def blob_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    instances: Tensor,
+    target: Tensor | None,
+    counts: Tensor,
+    saved: Tensor,
+    features: tuple[str, ...],
+    spec: LossSpec,
+) -> Tensor:
+    """Return the gradient of ``blob_loss`` with respect to the logits, contiguous."""
+    scales: Tensor | None = grad
+    if spec.reduction in _WITHOUT_GRADIENT:
+        saved, scales = finish_backward(grad, counts, saved, features, target is not None, spec), None
+    return _gradient(saved, scales, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0)
+
+
 def finish(
     counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
 ) -> tuple[Tensor, Tensor]:
     """Reduce the table to the loss; see ``finish.finish``."""
     counts, sums = counts.contiguous(), sums.contiguous()
-    shape = counts.shape
+    value, gradient = _empty_results(sums, has_target, spec)
+    _finish(counts, sums, None, value, gradient, features, has_target, spec)
+    return value, sums if gradient is None else gradient
+
+
+def _empty_results(sums: Tensor, has_target: bool, spec: LossSpec) -> tuple[Tensor, Tensor | None]:
+    """Return room for the value, and for its gradient if it can be computed already."""
+    batch, channels, num_cells, _ = sums.shape
     if spec.reduction == "instances":
-        value = sums.new_empty(shape[0], shape[1], shape[2] // (1 + has_target) - 1)
-    else:
-        value = sums.new_empty({"none": shape[:2], "terms": (2,)}.get(spec.reduction, ()))
-    saved = sums if spec.reduction in ("terms", "instances") else torch.empty_like(sums)
-    _finish(counts, sums, None, value, None if saved is sums else saved, features, has_target, spec)
-    return value, saved
+        return sums.new_empty(batch, channels, num_cells // (1 + has_target) - 1), None
+    if spec.reduction == "terms":
+        return sums.new_empty(2), None
+    return sums.new_empty((batch, channels) if spec.reduction == "none" else ()), torch.empty_like(sums)
 
 
 def finish_backward(
     grad: Tensor, counts: Tensor, saved: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
 ) -> Tensor:
     """Return the gradient of ``finish`` with respect to the sums; see ``finish.finish_backward``."""
-    if spec.reduction not in ("terms", "instances"):
+    if spec.reduction not in _WITHOUT_GRADIENT:
         return saved * (grad[:, :, None, None] if spec.reduction == "none" else grad)
-    grad_sums = torch.empty_like(saved, memory_format=torch.contiguous_format)
-    grad = grad.to(saved.dtype).contiguous()
-    _finish(counts.contiguous(), saved.contiguous(), grad, None, grad_sums, features, has_target, spec)
+    counts, saved, grad = counts.contiguous(), saved.contiguous(), grad.to(saved.dtype).contiguous()
+    grad_sums = torch.empty_like(saved)
+    _finish(counts, saved, grad, None, grad_sums, features, has_target, spec)
     return grad_sums
 
 
-def _finish(
-    counts: Tensor,
-    sums: Tensor,
-    grad: Tensor | None,
-    value: Tensor | None,
-    grad_sums: Tensor | None,
-    features: tuple[str, ...],
-    has_target: bool,
-    spec: LossSpec,
-) -> None:
-    main_rows, blob_rows = _row_array(spec.main_rows), _row_array(spec.blob_rows)
-    arguments = _FINISH.pack(
-        counts.data_ptr(),
-        sums.data_ptr(),
-        main_rows.buffer_info()[0],
-        blob_rows.buffer_info()[0],
-        0 if grad is None else grad.data_ptr(),
-        0 if value is None else value.data_ptr(),
-        0 if grad_sums is None else grad_sums.data_ptr(),
-        len(main_rows) // ROW_SIZE,
-        len(blob_rows) // ROW_SIZE,
-        *counts.shape,
-        spec.gamma,
-        spec.main_weight,
-        spec.blob_weight,
-        sums.dtype == torch.float64,
-        has_target,
-        *_spec_codes(spec.activation, spec.masking, spec.channel0, spec.reduction),
-        *_feature_codes(features),
-        *_threads(),
-    )
-    if _library().finish(arguments):
+def _finish(*arguments: Any) -> None:
+    if _library().finish(structs.finish(_threads(), *arguments)):
         _raise(_NO_MEMORY)
-
-
-@functools.lru_cache
-def _row_array(rows: tuple[float, ...]) -> array[float]:
-    return array("d", rows)
-
-
-@functools.lru_cache
-def _spec_codes(activation: str, masking: str, channel0: str, reduction: str) -> tuple[int, int, int, int]:
-    return (
-        ACTIVATIONS.index(activation),
-        MASKINGS.index(masking),
-        CHANNEL0.index(channel0),
-        _REDUCTIONS.index(reduction),
-    )
