@@ -11,6 +11,7 @@ namespace BLOBLOSS_ISA {
 
 constexpr int kGroup = 16;
 constexpr uint32_t kWholeGroup = 0xffff;
+constexpr int32_t kNone = INT32_MAX;  // no cell has this number
 constexpr int kFewVisits = 8;  // to rows of instances, from which a block is crowded
 
 // ---------------------------------------------------------------- groups: one bit or one lane per voxel
@@ -148,13 +149,19 @@ BL_INLINE void add_voxel(const T (*values)[kBlock], const int32_t* cells, int32_
 template <typename T, int F>
 static void add_mixed(const T (*values)[kBlock], const int32_t* cells, double* table) {
   Lanes<T> background[F + 1], own[F + 1];
-  int32_t instance = 0, num_background = 0, num_own = 0;
+  int32_t instance = kNone, num_background = 0, num_own = 0;
   int visits = 0, start = 0;
-  const auto take_background = [&](int start) {
-    const uint32_t outside = equal_to(cells + start, 0);
+  const auto take_background = [&](int at) {
+    const uint32_t outside = equal_to(cells + at, 0);
     num_background += __builtin_popcount(outside);
-    for (int f = 0; f < F; ++f) background[f].add(values[f] + start, cells + start, 0, outside);
+    for (int f = 0; f < F; ++f) background[f].add(values[f] + at, cells + at, 0, outside);
     return outside;
+  };
+  const auto take_own = [&](int at) {
+    const uint32_t inside = equal_to(cells + at, instance);
+    num_own += __builtin_popcount(inside);
+    for (int f = 0; f < F; ++f) own[f].add(values[f] + at, cells + at, instance, inside);
+    return inside;
   };
   const auto flush = [&] {
     if (!num_own) return;
@@ -165,21 +172,19 @@ static void add_mixed(const T (*values)[kBlock], const int32_t* cells, double* t
   for (; start < kBlock && visits < kFewVisits; start += kGroup) {
     const uint32_t outside = take_background(start);
     if (outside == kWholeGroup) continue;
-    const int32_t* group = cells + start;
-    uint32_t left = kWholeGroup & ~(outside | negative(group));
+    const uint32_t inside = take_own(start);
+    uint32_t left = kWholeGroup & ~(outside | inside);
     if (!left) continue;
-    const int32_t first = group[__builtin_ctz(left)];
-    if (first != instance) {
+    left &= ~negative(cells + start);
+    if (left && !inside) {
       flush();
-      instance = first;
+      instance = cells[start + __builtin_ctz(left)];
       num_own = 0;
       for (auto& lanes : own) lanes = {};
+      left &= ~take_own(start);
       ++visits;
     }
-    const uint32_t inside = equal_to(group, instance);
-    num_own += __builtin_popcount(inside);
-    for (int f = 0; f < F; ++f) own[f].add(values[f] + start, group, instance, inside);
-    for (left &= ~inside; left; left &= left - 1) {
+    for (; left; left &= left - 1) {
       add_voxel<T, F>(values, cells, start + __builtin_ctz(left), table);
       ++visits;
     }
@@ -230,18 +235,19 @@ static void weigh_mixed(const T (*slopes)[kBlock], const int32_t* cells, const T
     grad[i] = sum;
   };
   for (; start < kBlock && visits < kFewVisits; start += kGroup) {
-    const int32_t* group = cells + start;
-    const uint32_t outside = equal_to(group, 0);
-    uint32_t left = kWholeGroup & ~outside;
-    const uint32_t foreground = left ? left & ~negative(group) : 0;
-    if (foreground) {
-      const int32_t first = group[__builtin_ctz(foreground)];
-      visits += first != instance;
-      instance = first;
-    }
-    const uint32_t inside = equal_to(group, instance);
+    uint32_t inside = equal_to(cells + start, instance);
     write_group(start, instance, inside);
-    for (left &= ~inside; left; left &= left - 1) {
+    uint32_t left = kWholeGroup & ~(inside | equal_to(cells + start, 0));
+    if (!left) continue;
+    const uint32_t foreground = left & ~negative(cells + start);
+    if (foreground && (!inside || instance == 0)) {
+      instance = cells[start + __builtin_ctz(foreground)];
+      inside = equal_to(cells + start, instance);
+      write_group(start, instance, inside);
+      left &= ~inside;
+      ++visits;
+    }
+    for (; left; left &= left - 1) {
       write_voxel(start + __builtin_ctz(left));
       ++visits;
     }
