@@ -198,10 +198,10 @@ BL_INLINE int32_t largest_in_block(const int32_t* __restrict cells) {
 
 // ---------------------------------------------------------------- targets
 
-// A stored value as a number that compares like it.
-BL_INLINE uint8_t value_of(uint8_t x) { return x; }
-BL_INLINE int8_t value_of(int8_t x) { return x; }
-BL_INLINE int16_t value_of(int16_t x) { return x; }
+// A stored value as a number that compares like it, and that may be compared with the number of any channel.
+BL_INLINE int32_t value_of(uint8_t x) { return x; }
+BL_INLINE int32_t value_of(int8_t x) { return x; }
+BL_INLINE int32_t value_of(int16_t x) { return x; }
 BL_INLINE int32_t value_of(int32_t x) { return x; }
 BL_INLINE int64_t value_of(int64_t x) { return x; }
 BL_INLINE float value_of(float x) { return x; }

@@ -56,7 +56,7 @@ python_tests() {
   for name in asan ubsan stdc++; do preload+=" $($CXX -print-file-name="lib$name.so")"; done
   build "address,$UNDEFINED" && ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" \
     python -m pytest -q -p no:cacheprovider -m "not slow" -k native tests/test_native*.py tests/test_segment_stats.py \
-    --ignore=tests/test_native_memory.py --deselect=tests/test_native_finish.py::test_no_memory_is_an_error
+    --deselect=tests/test_native_memory.py --deselect=tests/test_native_finish.py::test_no_memory_is_an_error
 }
 
 say "address" stress address

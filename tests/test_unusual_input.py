@@ -217,6 +217,14 @@ def test_half_precision_class_maps_of_many_classes(dtype):
     assert_equal_results(result(logits, class_map.to(dtype), activation="softmax"), expected)
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.int8, 130), (torch.uint8, 260)], ids=str)
+def test_class_maps_in_a_dtype_that_does_not_hold_the_number_of_channels(dtype, channels):
+    logits = torch.randn(1, channels, 8, generator=torch.Generator().manual_seed(0))
+    class_map = torch.tensor([[[0, 1, 120, 120, 0, 0, 2, 0]]])
+    expected = result(logits, class_map, activation="softmax", include_background=True)
+    assert_equal_results(result(logits, class_map.to(dtype), activation="softmax", include_background=True), expected)
+
+
 def test_an_ignore_index_is_compared_exactly():
     target = torch.tensor([[[0, 1, 2**24 + 1]]])
     with pytest.raises(ValueError, match="target"):
