@@ -16,9 +16,18 @@ constexpr int kFewVisits = 8;  // to rows of instances, from which a block is cr
 
 // ---------------------------------------------------------------- groups: one bit or one lane per voxel
 
+#if defined(__AVX512F__)
+// A mask as a number. Not by a cast: GCC 12 may store the 16 bits of a mask on the stack and read 32 from there.
+BL_INLINE uint32_t number_of_mask(__mmask16 mask) {
+  uint32_t bits;
+  __asm__("kmovw %1, %0" : "=r"(bits) : "k"(mask));
+  return bits;
+}
+#endif
+
 BL_INLINE uint32_t equal_to(const int32_t* cells, int32_t cell) {
 #if defined(__AVX512F__)
-  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells), _mm512_set1_epi32(cell));
+  return number_of_mask(_mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells), _mm512_set1_epi32(cell)));
 #elif defined(__AVX2__)
   uint32_t bits = 0;
   for (int i = 0; i < kGroup; i += 8) {
@@ -36,7 +45,7 @@ BL_INLINE uint32_t equal_to(const int32_t* cells, int32_t cell) {
 
 BL_INLINE uint32_t negative(const int32_t* cells) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(_mm512_loadu_si512(cells));
+  return number_of_mask(_mm512_movepi32_mask(_mm512_loadu_si512(cells)));
 #elif defined(__AVX2__)
   const float* bits = reinterpret_cast<const float*>(cells);
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(bits))) |
