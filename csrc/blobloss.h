@@ -115,7 +115,8 @@ BLOBLOSS_EXPORT int32_t blobloss_segment_stats_backward(const struct bl_problem*
 
 BLOBLOSS_EXPORT int32_t blobloss_finish(const struct bl_finish* arguments);
 
-// blobloss_segment_stats_forward into counts and sums, which `arguments` names as well, then blobloss_finish.
+// blobloss_segment_stats_forward into counts and sums, which `arguments` names as well, then blobloss_finish. Here its
+// grad_sums may be the same memory as sums, which they then replace.
 BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t* counts, void* sums,
                                       const struct bl_finish* arguments);
 

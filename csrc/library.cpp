@@ -160,7 +160,17 @@ int32_t blobloss_segment_stats_backward(const bl_problem* problem, const void* g
 
 int32_t blobloss_loss(const bl_problem* problem, int64_t* counts, void* sums, const bl_finish* arguments) {
   const int32_t status = blobloss_segment_stats_forward(problem, counts, sums);
-  return status ? status : blobloss_finish(arguments);
+  if (status || arguments->grad_sums != sums) return status ? status : blobloss_finish(arguments);
+  const int64_t entries = problem->batch * problem->channels * problem->num_cells * problem->num_features;
+  const size_t size = static_cast<size_t>(entries) * (arguments->is_double ? sizeof(double) : sizeof(float));
+  void* copy = malloc(size + 1);
+  if (!copy) return BL_NO_MEMORY;
+  memcpy(copy, sums, size);
+  bl_finish apart = *arguments;
+  apart.sums = copy;
+  const int32_t finished = blobloss_finish(&apart);
+  free(copy);
+  return finished;
 }
 
 int64_t blobloss_largest(const bl_volume* volume, int64_t batch, int64_t voxels, const bl_threads* threads) {

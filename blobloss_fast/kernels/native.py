@@ -253,12 +253,13 @@ def blob_loss(
         _threads(), logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
     )
     counts, sums = _empty_table(logits, num_cells, features)
-    value, gradient = _empty_results(sums, target is not None, spec)
+    value = _empty_value(sums, target is not None, spec)
+    gradient = None if spec.reduction in _WITHOUT_GRADIENT else sums  # which it replaces
     arguments = structs.finish(_threads(), counts, sums, None, value, gradient, features, target is not None, spec)
     status = _library().loss(problem, counts.data_ptr(), sums.data_ptr(), arguments)
     if status:
         _raise(status)
-    return value, counts, sums if gradient is None else gradient
+    return value, counts, sums
 
 
 def blob_loss_backward(
@@ -283,19 +284,17 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """Reduce the table to the loss; see ``finish.finish``."""
     counts, sums = counts.contiguous(), sums.contiguous()
-    value, gradient = _empty_results(sums, has_target, spec)
+    value = _empty_value(sums, has_target, spec)
+    gradient = None if spec.reduction in _WITHOUT_GRADIENT else torch.empty_like(sums)
     _finish(counts, sums, None, value, gradient, features, has_target, spec)
     return value, sums if gradient is None else gradient
 
 
-def _empty_results(sums: Tensor, has_target: bool, spec: LossSpec) -> tuple[Tensor, Tensor | None]:
-    """Return room for the value, and for its gradient if it can be computed already."""
+def _empty_value(sums: Tensor, has_target: bool, spec: LossSpec) -> Tensor:
     batch, channels, num_cells, _ = sums.shape
     if spec.reduction == "instances":
-        return sums.new_empty(batch, channels, num_cells // (1 + has_target) - 1), None
-    if spec.reduction == "terms":
-        return sums.new_empty(2), None
-    return sums.new_empty((batch, channels) if spec.reduction == "none" else ()), torch.empty_like(sums)
+        return sums.new_empty(batch, channels, num_cells // (1 + has_target) - 1)
+    return sums.new_empty({"none": (batch, channels), "terms": (2,)}.get(spec.reduction, ()))
 
 
 def finish_backward(
