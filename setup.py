@@ -21,7 +21,7 @@ if WANTED not in ("", "0", "1"):
     sys.exit(f"error: BLOBLOSS_FAST_NATIVE must be 1 (a must), 0 (leave out) or not set; got {WANTED!r}")
 
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-PER_INSTRUCTION_SET = "csrc/segment_stats.cpp"
+PER_INSTRUCTION_SET = ("csrc/nearest_lines.cpp", "csrc/segment_stats.cpp")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Never -ffast-math, which deletes the steps that keep rounding errors small; never -fopenmp: the threads are PyTorch's.
@@ -30,7 +30,7 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
 class BuildNative(build_ext):
-    """Compiles one source once per instruction set, and names the library alike for every version of Python."""
+    """Compiles some sources once per instruction set, and names the library alike for every version of Python."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + SUFFIX
@@ -51,8 +51,9 @@ class BuildNative(build_ext):
     def compile_sources(self, sources):
         sets = self.instruction_sets()
         has = [(f"BLOBLOSS_HAS_{name.upper()}", None) for name in sets]
-        jobs = [(PER_INSTRUCTION_SET, name, [("BLOBLOSS_ISA", name)], flags) for name, flags in sets.items()]
-        jobs += [(source, "once", has, []) for source in sources if source != PER_INSTRUCTION_SET]
+        jobs = [(source, "once", has, []) for source in sources if source not in PER_INSTRUCTION_SET]
+        for name, flags in sets.items():
+            jobs += [(source, name, [("BLOBLOSS_ISA", name)], flags) for source in PER_INSTRUCTION_SET]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return [name for names in pool.map(lambda job: self.compile(*job), jobs) for name in names]
 

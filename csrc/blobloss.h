@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BLOBLOSS_ABI 2
+#define BLOBLOSS_ABI 3
 #define BLOBLOSS_MAX_FEATURES 6
 
 #if defined(_WIN32)
@@ -97,6 +97,17 @@ struct bl_finish {
   struct bl_threads threads;
 };
 
+// The nearest instance of every voxel; kernels/zones.py says what that means.
+struct bl_zones {
+  struct bl_volume instances;  // integers; above 0 is an instance, below 0 is ignored
+  int64_t batch;
+  int64_t channels;
+  int64_t size[3];     // z, y, x; where there are fewer axes, those that are missing have 1
+  int64_t weights[3];  // the squared spacings; no squared distance in the volume reaches 2^62
+  int32_t* zones;      // dense [B, C, V]
+  struct bl_threads threads;
+};
+
 BLOBLOSS_EXPORT int32_t blobloss_abi(void);
 
 // The instruction set that the kernels run on here: "avx512", "avx2" or "baseline".
@@ -123,6 +134,9 @@ BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t*
 // The largest of the integers in a volume [B, C, V], at least 0.
 BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t batch, int64_t voxels,
                                          const struct bl_threads* threads);
+
+// Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.
+BLOBLOSS_EXPORT int32_t blobloss_nearest_instance(const struct bl_zones* arguments);
 
 // For tests: one feature and its derivative at n logits, in float or double.
 BLOBLOSS_EXPORT void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double,

@@ -227,7 +227,7 @@ for argument; do [ "$before" = -o ] && : > "$argument"; before="$argument"; done
     assert {name for line in commands for name in re.findall(r"-DBLOBLOSS_ISA=(\w+)", line)} == expected
     for source in (ROOT / "csrc").glob("*.cpp"):
         times = [line for line in commands if f"csrc/{source.name}" in line]
-        assert len(times) == (len(expected) if source.name == "segment_stats.cpp" else 1)
+        assert len(times) == (len(expected) if source.name in ("nearest_lines.cpp", "segment_stats.cpp") else 1)
     (dispatch,) = (line for line in commands if "csrc/library.cpp" in line)
     assert set(re.findall(r"-DBLOBLOSS_HAS_(\w+)", dispatch)) == {name.upper() for name in expected}
     assert [line for line in commands if "-ffast-math" in line or "-fopenmp" in line] == []
