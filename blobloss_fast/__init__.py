@@ -3,7 +3,7 @@
 from . import criteria
 from ._backends import backends
 from .functional import blob_loss, blob_loss_instances, blob_loss_terms
-from .labelling import connected_components
+from .labelling import connected_components, nearest_instance
 from .losses import BlobLoss
 from .stats import segment_stats
 
@@ -17,5 +17,6 @@ __all__ = [
     "blob_loss_terms",
     "connected_components",
     "criteria",
+    "nearest_instance",
     "segment_stats",
 ]

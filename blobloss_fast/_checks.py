@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -148,3 +148,15 @@ def connectivity(value: Any, axes: int) -> None:
         raise ValueError(
             f"connectivity must be {' or '.join(map(str, names))} in {axes}D; got {value!r}: 26 means all neighbours"
         )
+
+
+def spacing(value: Any, axes: int) -> list[float]:
+    """Require one positive finite number per spatial axis."""
+    if isinstance(value, str | Real) or not isinstance(value, Iterable):
+        raise TypeError(f"spacing must be a sequence of {axes} numbers, one per spatial axis; got {value!r}")
+    numbers = [number("spacing", one) for one in value]
+    if len(numbers) != axes:
+        raise ValueError(f"spacing must have one number for each of the {axes} spatial axes; got {numbers}")
+    if min(numbers) <= 0:
+        raise ValueError(f"spacing must be above 0 along every axis; got {numbers}")
+    return numbers

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import finish, labels, native, reference
+from .kernels import finish, labels, native, native_zones, reference, zones
 from .kernels.finish import decode
 
 _LIBRARY = torch.library.Library("blobloss_fast", "DEF")
@@ -36,6 +36,8 @@ _LIBRARY.define(
     "label_target(Tensor target, int channels, bool class_map, bool softmax, int connectivity, int? ignore) -> Tensor"
 )
 
+_LIBRARY.define("nearest_instance(Tensor instances, int[] weights) -> Tensor")
+
 _ops = torch.ops.blobloss_fast
 segment_stats = _ops.segment_stats.default
 segment_stats_backward = _ops.segment_stats_backward.default
@@ -43,6 +45,7 @@ blob_loss = _ops.blob_loss.default
 blob_loss_backward = _ops.blob_loss_backward.default
 connected_components = _ops.connected_components.default
 label_target = _ops.label_target.default
+nearest_instance = _ops.nearest_instance.default
 
 # ---------------------------------------------------------------- kernels, written once for every backend module
 
@@ -111,11 +114,17 @@ def finds_large_ids(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and not torch.compiler.is_compiling() and _for_cpu() is native
 
 
+def _nearest_instance_on_cpu(instances: Tensor, weights: list[int]) -> Tensor:
+    return (native_zones if _for_cpu() is native else zones).nearest_instance(instances, weights)
+
+
 _register(lambda: reference, "CompositeExplicitAutograd")
 _register(lambda: _for_cpu(), "CPU")  # looked up at every call, so that a test or a benchmark may put another one there
 _register(_for_cuda, "CUDA")
 _LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
 _LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
+_LIBRARY.impl("nearest_instance", zones.nearest_instance, "CompositeExplicitAutograd")
+_LIBRARY.impl("nearest_instance", _nearest_instance_on_cpu, "CPU")
 
 # ---------------------------------------------------------------- fakes: shapes and dtypes, for tracing
 
@@ -157,6 +166,10 @@ def _fake_label_target(target, channels, class_map, softmax, connectivity, ignor
     return target.new_empty((target.shape[0], 1 if one else channels, *target.shape[2:]), dtype=torch.int32)
 
 
+def _fake_nearest_instance(instances: Tensor, weights: list[int]) -> Tensor:
+    return instances.new_empty(instances.shape, dtype=torch.int32)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "segment_stats": _fake_segment_stats,
     "segment_stats_backward": _fake_gradient,
@@ -164,6 +177,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "blob_loss_backward": _fake_gradient,
     "connected_components": _fake_connected_components,
     "label_target": _fake_label_target,
+    "nearest_instance": _fake_nearest_instance,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"blobloss_fast::{_name}", _fake, lib=_LIBRARY)
