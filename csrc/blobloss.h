@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BLOBLOSS_ABI 2
+#define BLOBLOSS_ABI 3
 #define BLOBLOSS_MAX_FEATURES 6
 
 #if defined(_WIN32)
@@ -32,6 +32,7 @@ enum bl_status {
   BL_NOT_A_CLASS = 4,
   BL_NOT_A_PROBABILITY = 8,
   BL_NO_MEMORY = 16,
+  BL_TOO_MANY_RUNS = 32,
 };
 
 // libtorch's torch_parallel_for: calls body for parts of [begin, end), returns 0 if it could.
@@ -97,6 +98,24 @@ struct bl_finish {
   struct bl_threads threads;
 };
 
+// The instances of a target: the connected components of every sample and channel alone.
+struct bl_labelling {
+  struct bl_volume target;  // BL_F32 and later types; one channel for many is a class map
+  int32_t* ids;             // [B, R, V], every entry written; R is 1 for a softmax of two channels, C otherwise
+  int64_t* counts;          // [B, R]
+  int64_t batch;
+  int64_t channels;  // C, of the logits
+  int64_t depth;     // V = depth * height * width
+  int64_t height;
+  int64_t width;
+  int64_t ignore;  // the ignored value, where there is one; its ids are -1
+  int32_t has_ignore;
+  int32_t is_class_map;
+  int32_t is_softmax;       // channel 0 has no instances
+  int32_t differing_axes;   // 1, 2 or 3: in how many axes the places of two neighbours may differ
+  struct bl_threads threads;
+};
+
 BLOBLOSS_EXPORT int32_t blobloss_abi(void);
 
 // The instruction set that the kernels run on here: "avx512", "avx2" or "baseline".
@@ -123,6 +142,10 @@ BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t*
 // The largest of the integers in a volume [B, C, V], at least 0.
 BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t batch, int64_t voxels,
                                          const struct bl_threads* threads);
+
+// Ids from 1 in the order of their first voxels. BL_NOT_BINARY, BL_NOT_A_CLASS: a voxel that is neither known nor ignored;
+// BL_TOO_MANY_RUNS: a sample and channel has 2^31 or more stretches of foreground voxels along its last axis.
+BLOBLOSS_EXPORT int32_t blobloss_connected_components(const struct bl_labelling* arguments);
 
 // For tests: one feature and its derivative at n logits, in float or double.
 BLOBLOSS_EXPORT void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double,

@@ -22,7 +22,7 @@ from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE, IdToo
 from .reference import compute_dtype
 
 PATH = Path(__file__).parents[1] / ("_native" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so"))
-ABI = 2
+ABI = 3
 
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS, 1: TOO_LARGE, 8: NOT_A_PROBABILITY}  # the first one found is raised
 _NO_MEMORY = 16
@@ -36,6 +36,7 @@ class _Library(NamedTuple):
     finish: Any
     loss: Any
     largest: Any
+    connected_components: Any
 
 
 # ---------------------------------------------------------------- the library
@@ -78,6 +79,7 @@ def open_library(path: Path) -> _Library | str:
         library.blobloss_loss.argtypes = (pointer, pointer, pointer, pointer)
         library.blobloss_largest.argtypes = (pointer, integer, integer, pointer)
         library.blobloss_largest.restype = integer
+        library.blobloss_connected_components.argtypes = (pointer,)
         return _Library(
             library.blobloss_isa().decode(),
             library.blobloss_segment_stats_forward,
@@ -85,6 +87,7 @@ def open_library(path: Path) -> _Library | str:
             library.blobloss_finish,
             library.blobloss_loss,
             library.blobloss_largest,
+            library.blobloss_connected_components,
         )
     except (OSError, AttributeError) as error:  # another platform's file, or not a library of ours
         return f"the native library cannot be loaded ({error}): {again}"
