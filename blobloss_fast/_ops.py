@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import finish, labels, native, native_zones, reference, zones
+from .kernels import finish, labels, native, native_labels, native_zones, reference, zones
 from .kernels.finish import decode
 
 _LIBRARY = torch.library.Library("blobloss_fast", "DEF")
@@ -33,7 +33,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define("connected_components(Tensor mask, int connectivity) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "label_target(Tensor target, int channels, bool class_map, bool softmax, int connectivity, int? ignore) -> Tensor"
+    "label_target(Tensor target, int channels, bool class_map, bool softmax, int connectivity, int? ignore) "
+    "-> (Tensor, Tensor)"
 )
 
 _LIBRARY.define("nearest_instance(Tensor instances, int[] weights) -> Tensor")
@@ -109,13 +110,18 @@ def _for_cpu() -> ModuleType:
     return native if native.available() else reference
 
 
+def _labels_for_cpu() -> ModuleType:
+    """What finds labels beside that backend: the library, or connected-components-3d."""
+    return native_labels if _for_cpu() is native else labels
+
+
 def finds_large_ids(logits: Tensor) -> bool:
     """Whether an id beyond the capacity raises ``IdTooLargeError``, early, for such logits."""
     return logits.device.type == "cpu" and not torch.compiler.is_compiling() and _for_cpu() is native
 
 
-def _nearest_instance_on_cpu(instances: Tensor, weights: list[int]) -> Tensor:
-    return (native_zones if _for_cpu() is native else zones).nearest_instance(instances, weights)
+def _zones_for_cpu() -> ModuleType:
+    return native_zones if _for_cpu() is native else zones
 
 
 _register(lambda: reference, "CompositeExplicitAutograd")
@@ -124,7 +130,9 @@ _register(_for_cuda, "CUDA")
 _LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
 _LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
 _LIBRARY.impl("nearest_instance", zones.nearest_instance, "CompositeExplicitAutograd")
-_LIBRARY.impl("nearest_instance", _nearest_instance_on_cpu, "CPU")
+_LIBRARY.impl("connected_components", lambda *args: _labels_for_cpu().connected_components(*args), "CPU")
+_LIBRARY.impl("label_target", lambda *args: _labels_for_cpu().label_target(*args), "CPU")
+_LIBRARY.impl("nearest_instance", lambda *args: _zones_for_cpu().nearest_instance(*args), "CPU")
 
 # ---------------------------------------------------------------- fakes: shapes and dtypes, for tracing
 
@@ -162,8 +170,11 @@ def _fake_connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor,
 
 
 def _fake_label_target(target, channels, class_map, softmax, connectivity, ignore):  # type: ignore[no-untyped-def]
-    one = softmax and channels == 2
-    return target.new_empty((target.shape[0], 1 if one else channels, *target.shape[2:]), dtype=torch.int32)
+    returned = (target.shape[0], 1 if softmax and channels == 2 else channels)
+    return (
+        target.new_empty((*returned, *target.shape[2:]), dtype=torch.int32),
+        target.new_empty(returned, dtype=torch.int64),
+    )
 
 
 def _fake_nearest_instance(instances: Tensor, weights: list[int]) -> Tensor:

@@ -75,7 +75,7 @@ def partition(
         _checks.connectivity(connectivity, logits.ndim - 2)
         if wants_blob:
             class_map = target.shape[1] < channels
-            instances = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore_index)
+            instances, _ = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore_index)
             if channel0 != "background":
                 target = None  # its components say the same
         else:

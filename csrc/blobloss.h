@@ -32,6 +32,7 @@ enum bl_status {
   BL_NOT_A_CLASS = 4,
   BL_NOT_A_PROBABILITY = 8,
   BL_NO_MEMORY = 16,
+  BL_TOO_MANY_RUNS = 32,
 };
 
 // libtorch's torch_parallel_for: calls body for parts of [begin, end), returns 0 if it could.
@@ -108,6 +109,24 @@ struct bl_zones {
   struct bl_threads threads;
 };
 
+// The instances of a target: the connected components of every sample and channel alone.
+struct bl_labelling {
+  struct bl_volume target;  // BL_F32 and later types; one channel for many is a class map
+  int32_t* ids;             // [B, R, V], every entry written; R is 1 for a softmax of two channels, C otherwise
+  int64_t* counts;          // [B, R]
+  int64_t batch;
+  int64_t channels;  // C, of the logits
+  int64_t depth;     // V = depth * height * width
+  int64_t height;
+  int64_t width;
+  int64_t ignore;  // the ignored value, where there is one; its ids are -1
+  int32_t has_ignore;
+  int32_t is_class_map;
+  int32_t is_softmax;       // channel 0 has no instances
+  int32_t differing_axes;   // 1, 2 or 3: in how many axes the places of two neighbours may differ
+  struct bl_threads threads;
+};
+
 BLOBLOSS_EXPORT int32_t blobloss_abi(void);
 
 // The instruction set that the kernels run on here: "avx512", "avx2" or "baseline".
@@ -137,6 +156,10 @@ BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t
 
 // Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.
 BLOBLOSS_EXPORT int32_t blobloss_nearest_instance(const struct bl_zones* arguments);
+
+// Ids from 1 in the order of their first voxels. BL_NOT_BINARY, BL_NOT_A_CLASS: a voxel is neither known nor ignored;
+// BL_TOO_MANY_RUNS: a sample and channel has 2^31 or more stretches of foreground voxels along its last axis.
+BLOBLOSS_EXPORT int32_t blobloss_connected_components(const struct bl_labelling* arguments);
 
 // For tests: one feature and its derivative at n logits, in float or double.
 BLOBLOSS_EXPORT void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double,

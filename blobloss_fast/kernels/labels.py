@@ -43,8 +43,8 @@ def is_ignored(target: Tensor, ignore: int) -> Tensor:
 
 def label_target(
     target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
-) -> Tensor:
-    """Find the instances of a target: int32 ids, -1 where the target is ignored.
+) -> tuple[Tensor, Tensor]:
+    """Find the instances of a target: int32 ids, -1 where the target is ignored, and how many there are.
 
     Args:
         target: ``[B, 1, *spatial]`` class map (of a softmax) or ``[B, C, *spatial]`` binary.
@@ -53,15 +53,15 @@ def label_target(
         ignore: the ignored value of the target.
 
     Returns:
-        ``[B, C, *spatial]``; ``[B, 1, *spatial]`` for the only foreground class of a two-channel softmax.
+        ids ``[B, C, *spatial]`` and counts int64 ``[B, C]``; one channel, the only one with instances, for a softmax of
+        two channels.
     """
-    return _find(target, channels, class_map, softmax, connectivity, ignore)[0]
+    return _find(target, channels, class_map, softmax, connectivity, ignore)
 
 
 def _find(
     target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `label_target` does, and how many instances each sample and channel has."""
     returned = 1 if softmax and channels == 2 else channels
     labels = np.zeros((target.shape[0], returned, *target.shape[2:]), np.int32)
     counts = np.zeros(labels.shape[:2], np.int64)

@@ -37,6 +37,7 @@ class _Library(NamedTuple):
     loss: Any
     largest: Any
     nearest_instance: Any
+    connected_components: Any
 
 
 # ---------------------------------------------------------------- the library
@@ -80,6 +81,7 @@ def open_library(path: Path) -> _Library | str:
         library.blobloss_largest.argtypes = (pointer, integer, integer, pointer)
         library.blobloss_largest.restype = integer
         library.blobloss_nearest_instance.argtypes = (pointer,)
+        library.blobloss_connected_components.argtypes = (pointer,)
         return _Library(
             library.blobloss_isa().decode(),
             library.blobloss_segment_stats_forward,
@@ -88,6 +90,7 @@ def open_library(path: Path) -> _Library | str:
             library.blobloss_loss,
             library.blobloss_largest,
             library.blobloss_nearest_instance,
+            library.blobloss_connected_components,
         )
     except (OSError, AttributeError) as error:  # another platform's file, or not a library of ours
         return f"the native library cannot be loaded ({error}): {again}"

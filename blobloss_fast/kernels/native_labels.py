@@ -1,0 +1,78 @@
+"""Connected components in the native library (csrc/connected_components.cpp); ``labels`` is truth and fallback."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from . import labels, native, structs
+from .layout import NOT_A_CLASS, NOT_BINARY
+
+# The types of a target that the library reads; all others are for NumPy.
+_DTYPES = (torch.float32, torch.float64, torch.bool, *structs.INTEGERS)
+_LABELLING = struct.Struct("@Pqqii2P6q4iqP")
+_DIFFERING_AXES = {4: 1, 6: 1, 8: 2, 18: 2, 26: 3}  # in how many of them the places of two neighbours may differ
+_STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS}
+_NO_MEMORY = 16
+
+
+def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+    """Label every sample and channel of a binary mask alone; see ``labels.connected_components``."""
+    if mask.dtype not in _DTYPES or not mask.numel():
+        return labels.connected_components(mask, connectivity)
+    return _find(mask, mask.shape[1], False, False, connectivity, None)
+
+
+def label_target(
+    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
+) -> tuple[Tensor, Tensor]:
+    """Find the instances of a target; see ``labels.label_target``."""
+    if target.dtype not in _DTYPES or not target.numel():
+        return labels.label_target(target, channels, class_map, softmax, connectivity, ignore)
+    return _find(target, channels, class_map, softmax, connectivity, ignore)
+
+
+def _find(
+    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
+) -> tuple[Tensor, Tensor]:
+    batch, own, *spatial = target.shape
+    if own != (1 if class_map else channels):
+        raise ValueError(
+            f"target must have {1 if class_map else channels} channel(s); got {list(target.shape)}: pass "
+            "class_map=True for the classes of a softmax"
+        )
+    _kept, volume = structs.volume("target", target, _DTYPES, batch, channels, target.numel() // (batch * own))
+    returned = 1 if softmax and channels == 2 else channels
+    ids = torch.empty(batch, returned, *spatial, dtype=torch.int32)
+    counts = torch.empty(batch, returned, dtype=torch.int64)
+    axes = [size for size in spatial if size > 1]  # the others change neither the order nor the neighbours
+    status = native._library().connected_components(
+        _LABELLING.pack(
+            *volume,
+            ids.data_ptr(),
+            counts.data_ptr(),
+            batch,
+            channels,
+            *(1,) * (3 - len(axes)),
+            *axes,
+            0 if ignore is None else ignore,
+            ignore is not None,
+            class_map,
+            softmax,
+            _DIFFERING_AXES[connectivity],
+            *native._threads(),
+        )
+    )
+    if status & _NO_MEMORY:
+        raise MemoryError("the native library got no memory to label a volume of this size: label smaller parts of it")
+    for bit, message in _STATUS.items():
+        if status & bit:
+            raise ValueError(message)
+    if status:
+        raise ValueError(
+            "mask (or target) must have fewer than 2^31 stretches of foreground along its last axis in every sample "
+            "and channel, since ids are int32: label smaller parts of it"
+        )
+    return ids, counts
