@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.timing import Step
 from bench.workloads import Workload
-from blobloss_fast import BlobLoss, _ops, criteria
+from blobloss_fast import BlobLoss, CCLoss, _ops, criteria, nearest_instance
 from blobloss_fast.kernels import reference
 
 SMOOTH = 1e-5
@@ -124,6 +124,20 @@ def blob_formula(logits: Tensor, instances: Tensor, target: Tensor, *, ce: bool)
     return plain_formula(logits, target, ce=ce) + per_sample[exists.any(1)].mean()
 
 
+def cc_formula(logits: Tensor, instances: Tensor, target: Tensor) -> Tensor:
+    """CC loss with Dice from running sums by zone; a sample without instances would be one zone."""
+    zones, x = nearest_instance(instances).flatten(1).long(), torch.sigmoid(logits.flatten(1))
+
+    def by_zone(values: Tensor) -> Tensor:
+        return values.new_zeros(len(zones), int(zones.max()) + 1).scatter_add(1, zones, values)
+
+    y = target.flatten(1)
+    losses = 1 - (2 * by_zone(x * y) + SMOOTH) / (by_zone(x) + by_zone(y) + SMOOTH)
+    exists = by_zone(torch.ones_like(x)) > 0
+    per_sample = torch.where(exists, losses, 0).sum(1) / exists.sum(1)
+    return plain_formula(logits, target, ce=False) + per_sample.mean()
+
+
 def two_channel_blob_formula(logits: Tensor, instances: Tensor, target: Tensor) -> Tensor:
     """Dice and cross-entropy of a two-channel softmax are those of a sigmoid of the difference."""
     return blob_formula(logits[:, 1:] - logits[:, :1], instances, target, ce=True)
@@ -141,6 +155,7 @@ BLOB_DICE: Formula = lambda x, w: blob_formula(x, w.instances, w.target, ce=Fals
 BLOB_DICE_CE: Formula = lambda x, w: blob_formula(x, w.instances, w.target, ce=True)  # noqa: E731
 DICE: Formula = lambda x, w: plain_formula(x, w.target, ce=False)  # noqa: E731
 DICE_CE: Formula = lambda x, w: plain_formula(x, w.target, ce=True)  # noqa: E731
+CC_DICE: Formula = lambda x, w: cc_formula(x, w.instances, w.target)  # noqa: E731
 TWO_CHANNEL_BLOB: Formula = lambda x, w: two_channel_blob_formula(x, w.instances, w.target)  # noqa: E731
 TWO_CHANNEL_PLAIN: Formula = lambda x, w: two_channel_plain_formula(x, w.target)  # noqa: E731
 
@@ -207,6 +222,11 @@ def _blob_loss_and_float_target(workload: Workload) -> Loss:
     return partial(BlobLoss(), target=workload.target, instances=workload.instances)
 
 
+def _from_mask(loss: Callable[..., Tensor]) -> Callable[[Workload], Loss]:
+    """Instances, and zones, are found on the fly: the components of these volumes are their instances."""
+    return lambda workload: partial(loss, target=workload.mask)
+
+
 def _blob_loss_softmax(workload: Workload) -> Loss:
     loss = BlobLoss(criteria.dice() + criteria.cross_entropy(), activation="softmax")
     return partial(loss, target=workload.mask.long(), instances=workload.instances)
@@ -238,7 +258,10 @@ CONTESTANTS = {
     "dice": Contestant("plain Dice", DICE, _plain_dice),
     "monai_dice": Contestant("MONAI DiceLoss", DICE, _monai("DiceLoss", sigmoid=True)),
     "monai_dice_ce": Contestant("MONAI DiceCELoss", DICE_CE, _monai("DiceCELoss", sigmoid=True)),
-    # The rest are in the ratios alone.
+    # The rest are in the ratios and in bench.labels alone.
+    "mask": Contestant("BlobLoss", BLOB_DICE, _from_mask(BlobLoss())),
+    "mask_ce": Contestant("BlobLoss Dice+CE", BLOB_DICE_CE, _from_mask(BlobLoss(criteria.dice() + criteria.bce()))),
+    "mask_cc": Contestant("CCLoss", CC_DICE, _from_mask(CCLoss())),
     "ours_target": Contestant("BlobLoss with a target of its own (bool)", BLOB_DICE, _blob_loss_and_target),
     "ours_float_target": Contestant(
         "BlobLoss with a target of its own (float)", BLOB_DICE, _blob_loss_and_float_target

@@ -18,11 +18,11 @@ class MarkerError(ValueError):
     """The file to be updated has no place for the table."""
 
 
-def replace_between_markers(text: str, table: str, source: str) -> str:
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise MarkerError(f"{source} must hold the line {START} once and, after it, the line {END} once")
-    before, after = text.partition(START)[0], text.partition(END)[2]
-    return f"{before}{START}\n{table}\n{END}{after}"
+def replace_between_markers(text: str, table: str, source: str, start: str = START, end: str = END) -> str:
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise MarkerError(f"{source} must hold the line {start} once and, after it, the line {end} once")
+    before, after = text.partition(start)[0], text.partition(end)[2]
+    return f"{before}{start}\n{table}\n{end}{after}"
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         blocks += [_ratios(results["ratios"]["settings"]), _parts(results["ratios"]["settings"])]
     origin = _origin(results["machine"], results.get("settings"))
     if results.get("ratios") and results["ratios"]["machine"] != results["machine"]:
-        origin += f" The ratios: {_stamp(results['ratios']['machine'])}."
+        origin += f" The ratios: {machine_stamp(results['ratios']['machine'])}."
     return "\n\n".join([*filter(None, blocks), origin])
 
 
@@ -171,7 +171,7 @@ def _parts(settings: Sequence[Mapping[str, Any]]) -> str | None:
 # ------------------------------------------------------------------------------------------------------------- origin
 
 
-def _stamp(machine: Mapping[str, Any]) -> str:
+def machine_stamp(machine: Mapping[str, Any]) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; blobloss_fast {machine['blobloss_fast']}, "
         f"{machine['backend']}; Python {machine['python']}, torch {machine['torch']}, MONAI "
@@ -191,4 +191,4 @@ def _origin(machine: Mapping[str, Any], settings: Sequence[Mapping[str, Any]] | 
             f" Medians of {most} interleaved rounds{of_the_loop}, each timed run after an untimed one; all volumes are "
             "in bench/results/cpu.json."
         )
-    return f"{_stamp(machine)}.{rounds}"
+    return f"{machine_stamp(machine)}.{rounds}"

@@ -2,19 +2,21 @@
 
 from . import criteria
 from ._backends import backends
-from .functional import blob_loss, blob_loss_instances, blob_loss_terms
+from .functional import blob_loss, blob_loss_instances, blob_loss_terms, cc_loss
 from .labelling import connected_components, nearest_instance
-from .losses import BlobLoss
+from .losses import BlobLoss, CCLoss
 from .stats import segment_stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlobLoss",
+    "CCLoss",
     "backends",
     "blob_loss",
     "blob_loss_instances",
     "blob_loss_terms",
+    "cc_loss",
     "connected_components",
     "criteria",
     "nearest_instance",

@@ -23,7 +23,7 @@ from .kernels.finish import decode
 _LIBRARY = torch.library.Library("blobloss_fast", "DEF")
 _STATS_OPTIONS = "str[] features, str activation, float gamma"
 _LOSS_OPTIONS = "float main_weight, float blob_weight, str options"  # kernels.finish.decode
-_LOSS_INPUTS = "Tensor logits, Tensor instances, Tensor? target"
+_LOSS_INPUTS = "Tensor logits, Tensor instances, Tensor? target, Tensor? weights"
 
 _LIBRARY.define(f"segment_stats(Tensor logits, Tensor cells, SymInt num_cells, {_STATS_OPTIONS}) -> (Tensor, Tensor)")
 _LIBRARY.define(f"segment_stats_backward(Tensor grad_sums, Tensor logits, Tensor cells, {_STATS_OPTIONS}) -> Tensor")
@@ -63,24 +63,26 @@ def _register(backend: Callable[[], ModuleType], key: str) -> None:
             grad_sums, logits, cells, None, tuple(features), activation, gamma, "class"
         )
 
-    def blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
+    def blob_loss(logits, instances, target, weights, max_instances, *options):  # type: ignore[no-untyped-def]
         spec, features = decode(*options)
         num_cells = _num_cells(max_instances, target)
         module = backend()
         if hasattr(module, "blob_loss"):  # all of it at once
-            return module.blob_loss(logits, instances, target, num_cells, features, spec)
+            return module.blob_loss(logits, instances, target, weights, num_cells, features, spec)
         counts, sums = module.segment_stats_forward(
             logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
         )
-        loss, saved = finish.finish(counts, sums, features, target is not None, spec)
+        loss, saved = finish.finish(counts, sums, features, target is not None, spec, weights)
         return loss, counts, saved
 
-    def blob_loss_backward(grad, logits, instances, target, counts, saved, *options):  # type: ignore[no-untyped-def]
+    def blob_loss_backward(  # type: ignore[no-untyped-def]
+        grad, logits, instances, target, weights, counts, saved, *options
+    ):
         spec, features = decode(*options)
         module = backend()
         if hasattr(module, "blob_loss"):
-            return module.blob_loss_backward(grad, logits, instances, target, counts, saved, features, spec)
-        grad_sums = finish.finish_backward(grad, counts, saved, features, target is not None, spec)
+            return module.blob_loss_backward(grad, logits, instances, target, weights, counts, saved, features, spec)
+        grad_sums = finish.finish_backward(grad, counts, saved, features, target is not None, spec, weights)
         return module.segment_stats_backward(
             grad_sums, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0
         )
@@ -154,7 +156,7 @@ def _fake_segment_stats(logits, cells, num_cells, features, activation, gamma): 
     return sums, counts
 
 
-def _fake_blob_loss(logits, instances, target, max_instances, *options):  # type: ignore[no-untyped-def]
+def _fake_blob_loss(logits, instances, target, weights, max_instances, *options):  # type: ignore[no-untyped-def]
     spec, features = decode(*options)
     counts, saved = _fake_table(logits, _num_cells(max_instances, target), len(features))
     shapes = {"none": logits.shape[:2], "terms": (2,), "instances": (*logits.shape[:2], max_instances)}
@@ -230,11 +232,17 @@ class BlobLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, instances: Tensor, target: Tensor | None, max_instances: int, *options: Any
+        ctx: Any,
+        logits: Tensor,
+        instances: Tensor,
+        target: Tensor | None,
+        weights: Tensor | None,
+        max_instances: int,
+        *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, counts, saved = blob_loss(logits, instances, target, max_instances, *options)
-        ctx.save_for_backward(logits, instances, target, counts, saved)
+            loss, counts, saved = blob_loss(logits, instances, target, weights, max_instances, *options)
+        ctx.save_for_backward(logits, instances, target, weights, counts, saved)
         ctx.options = options
         ctx.mark_non_differentiable(counts, saved)
         ctx.set_materialize_grads(False)
@@ -245,7 +253,7 @@ class BlobLossFunction(torch.autograd.Function):
         grad = None
         if grad_loss is not None:
             grad = _gradient(blob_loss_backward, grad_loss, *ctx.saved_tensors, *ctx.options)
-        return grad, None, None, None, *(None for _ in ctx.options)
+        return grad, None, None, None, None, *(None for _ in ctx.options)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -187,6 +187,31 @@ def focal(gamma: float = 2.0, alpha: float | None = None) -> Criterion:
     return _mean(name, {("pos", "focal_pos"): positive, ("neg", "focal_neg"): negative}, gamma=gamma)
 
 
+def lesion_free(c: float) -> Criterion:
+    r"""The term of a sample without instances, :math:`s / (s + c)` with s the sum of p.
+
+    Args:
+        c: the sum of p, in voxels, at which the term is 1/2; above 0.
+    """
+    c = _checks.number("c", c, minimum=0)
+    if c == 0:
+        raise ValueError("c must be above 0; got 0: the term would be 1 whatever the prediction")
+    return _row(f"lesion_free({c:g})", 0.0, {FALSE_POSITIVE: 1.0}, 0.0, {FALSE_POSITIVE: 1.0}, c)
+
+
+def false_positives() -> Criterion:
+    r"""The term of a predicted zone without ground truth, :math:`\sum p\,sg(p) / sg(\sum p)`, sg the stopped gradient.
+
+    The value is that of :math:`\sum p^2 / \sum p` (0 where p is 0 everywhere); the slope of the numerator is half that
+    of the squares, and the denominator has none.
+
+    Reference:
+        BiCC, arXiv 2609.30223.
+    """
+    squares = {("neg", "prob_sq"): 1.0}
+    return _row("false_positives()", 0.0, squares, 0.0, {FALSE_POSITIVE: 1.0}, 1e-30, slopes=(0.5, 0.0))
+
+
 def _call(function: str, **arguments: tuple[float, float]) -> str:
     """Return the call that made a criterion, with the arguments (value, default) that are not the default."""
     changed = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
@@ -215,7 +240,8 @@ def _row(
     denominator_constant: float,
     gamma: float | None = None,
     own_class: bool = False,
+    slopes: tuple[float, float] = (1.0, 1.0),
 ) -> Criterion:
-    head = (1.0, offset, numerator_constant, denominator_constant)
+    head = (1.0, offset, numerator_constant, denominator_constant, *slopes)
     coefficients = tuple(terms.get(column, 0.0) for terms in (numerator, denominator) for column in COLUMNS)
     return Criterion(name, head + coefficients, gamma, own_class)

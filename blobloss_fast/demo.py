@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import BlobLoss, connected_components
+from . import BlobLoss, CCLoss, connected_components, nearest_instance
 from .demo_volume import DemoError, Volume, read_volume
 
 try:
@@ -58,7 +58,8 @@ class Measured:
     losses: NDArray[Any]
     main: float
     blob: float
-    gradients: dict[str, NDArray[Any]]  # "dice", "blob", "both": |gradient|, shape of the volume
+    zones: NDArray[Any]  # of the lesions, shape of the volume
+    gradients: dict[str, NDArray[Any]]  # "dice", "blob", "cc", "both" (Dice + blob): |gradient|, shape of the volume
     shares: dict[str, NDArray[Any]]
     background: dict[str, float]
 
@@ -107,7 +108,7 @@ def run(file: Path | None, image: Path | None, out: Path, device_name: str) -> N
                 ids = connected_components(target)[0]
             else:
                 ids = torch.from_numpy(volume.instances.astype(np.int64)).to(device)[None, None]
-            found = measure(x, target, ids)
+            found = measure(x, target, ids, volume.spacing)
         times, agreement = compare(x, target, ids, found.ids.tolist(), progress)
         picture = out / PICTURE
         with step(progress, "picture"):
@@ -170,13 +171,17 @@ def stand_in(volume: Volume) -> tuple[NDArray[np.float32], str]:
 # ---- measurements ---------------------------------------------------------------------------------------------------
 
 
-def measure(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor) -> Measured:
-    """Losses per lesion, and who gets the gradient under plain Dice, under the blob term and under their sum."""
+def measure(
+    logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, spacing: tuple[float, ...] | None = None
+) -> Measured:
+    """Losses per lesion, and who gets the gradient under plain Dice, the blob term, both, and the zones' term."""
     x = logits.clone().requires_grad_()
     criterion = BlobLoss()
     main_term, blob_term = criterion.terms(x, target, ids)
     of_main = torch.autograd.grad(main_term, x, retain_graph=True)[0]
     of_blob = torch.autograd.grad(blob_term, x)[0]
+    zones = nearest_instance(ids, spacing=spacing)
+    of_cc = torch.autograd.grad(CCLoss(main_weight=0.0)(x, target, ids, zones), x)[0]
     losses, order = (t[0, 0].detach().cpu().numpy() for t in criterion.instance_losses(logits, target, ids))
     loss_of = {int(k): float(value) for k, value in zip(order, losses, strict=True) if k > 0}
 
@@ -185,7 +190,7 @@ def measure(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor) -> Me
     voxels = np.bincount(slot)
     lesion = present > 0
     gradients, shares, background = {}, {}, {}
-    for name, gradient in (("dice", of_main), ("blob", of_blob), ("both", of_main + of_blob)):
+    for name, gradient in (("dice", of_main), ("blob", of_blob), ("cc", of_cc), ("both", of_main + of_blob)):
         magnitude = gradient[0, 0].abs().cpu().numpy().astype(np.float64)
         mass = np.bincount(slot, weights=magnitude.ravel()) / magnitude.sum()
         gradients[name], shares[name] = magnitude, mass[lesion]
@@ -196,6 +201,7 @@ def measure(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor) -> Me
         losses=np.array([loss_of[int(k)] for k in present[lesion]]),
         main=main_term.item(),
         blob=blob_term.item(),
+        zones=zones[0, 0].cpu().numpy(),
         gradients=gradients,
         shares=shares,
         background=background,
@@ -332,14 +338,13 @@ def print_report(
     table = Table(
         title="Share of |gradient|, summed over a lesion's voxels", box=rich.box.SIMPLE_HEAD, title_justify="left"
     )
-    for heading in ("lesion", "voxels", "blob loss", "plain Dice", "blob term", "ratio"):
+    for heading in ("lesion", "voxels", "blob loss", "plain Dice", "blob term", "CC term"):
         table.add_column(heading, justify="right")
     order = np.argsort(-found.voxels, kind="stable")
-    dice, blob = found.shares["dice"], found.shares["blob"]
+    dice, blob, cc = (found.shares[name] for name in ("dice", "blob", "cc"))
 
-    def row(name: str, voxels: str, loss: str, of_dice: float, of_blob: float) -> None:
-        ratio = f"x {of_blob / of_dice:.3g}" if of_dice > 0 else "-"
-        table.add_row(name, voxels, loss, percent(of_dice), percent(of_blob), ratio)
+    def row(name: str, voxels: str, loss: str, of_dice: float, of_blob: float, of_cc: float) -> None:
+        table.add_row(name, voxels, loss, percent(of_dice), percent(of_blob), percent(of_cc))
 
     hidden = order[ROWS:-ROWS] if number > 2 * ROWS + 1 else order[:0]
     for i in order:
@@ -347,20 +352,21 @@ def print_report(
             if i == hidden[0]:
                 sizes = f"{found.voxels[hidden].min()}-{found.voxels[hidden].max()}"
                 losses = f"{found.losses[hidden].mean():.3f}"
-                row(f"{len(hidden)} left out", sizes, losses, dice[hidden].sum(), blob[hidden].sum())
+                row(f"{len(hidden)} left out", sizes, losses, *(share[hidden].sum() for share in (dice, blob, cc)))
             continue
-        row(str(found.ids[i]), f"{found.voxels[i]:,}", f"{found.losses[i]:.3f}", dice[i], blob[i])
+        row(str(found.ids[i]), f"{found.voxels[i]:,}", f"{found.losses[i]:.3f}", dice[i], blob[i], cc[i])
     table.add_section()
     outside = int(volume.label.size - found.voxels.sum())
-    row("background", f"{outside:,}", "", found.background["dice"], found.background["blob"])
+    row("background", f"{outside:,}", "", *(found.background[name] for name in ("dice", "blob", "cc")))
     console.print(table)
     if number > 1:
         others = {name: percent(share[order[1:]].sum()) for name, share in found.shares.items()}
         console.print(
             f"The {number - 1} lesions beside the largest get {others['dice']} of plain Dice's gradient, "
             f"{others['blob']} of the blob term's, {others['both']} of BlobLoss()'s with "
-            "its default weights (Dice + blob term). "
-            "Soft false positives dilute the blob term: every lesion is charged with all of them.\n"
+            f"its default weights (Dice + blob term), {others['cc']} of CCLoss's zones. "
+            "Soft false positives dilute the blob term: every lesion is charged with all of them; in CCLoss, the "
+            "nearest lesion alone.\n"
         )
     clock = Table(title="Time of loss and gradient", box=rich.box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "median ms", "fastest", "runs", "loop / this"):

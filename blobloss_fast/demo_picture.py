@@ -1,4 +1,4 @@
-"""The picture of the demo: who gets the gradient, under Dice and under blob loss."""
+"""The picture of the demo: who gets the gradient, under Dice, blob loss and CC loss."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ if TYPE_CHECKING:
     from .demo import Measured
     from .demo_volume import Volume
 
-DICE_COLOUR, BLOB_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito: told apart with any colour vision, and in grey
+# Okabe and Ito: told apart with any colour vision, and in grey.
+DICE_COLOUR, BLOB_COLOUR, CC_COLOUR = "#0072B2", "#D55E00", "#009E73"
 OTHERS_COLOUR, LARGEST_COLOUR, BACKGROUND_COLOUR = "#E69F00", "#404040", "#D0D0D0"
 DECADES = 3  # of the gradient maps' colour scale, down from the brightest voxel
+LOSSES = {"dice": "plain Dice", "blob": "blob loss", "cc": "CC loss"}
 TITLE = {"fontsize": 14, "fontweight": "bold", "loc": "left"}
 
 
 def draw(volume: Volume, ids: NDArray[Any], found: Measured, picture: Path) -> None:
     """Writes the PNG, 1400 pixels wide."""
     engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.0, hspace=0.02)
-    figure = Figure(figsize=(14, 10.6), dpi=100, layout=engine, facecolor="white")
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    figure = Figure(figsize=(14, 9.6), dpi=100, layout=engine, facecolor="white")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.12])
     upper, lower = halves
-    maps = upper.subplots(1, 3)
+    maps = upper.subplots(1, 4)
     scatter, bars = lower.subplots(1, 2, width_ratios=[1.7, 1])
 
     largest = int(found.voxels.argmax())
     number = len(found.ids)
-    others = {name: 1 - found.shares[name][largest] / found.shares[name].sum() for name in ("dice", "blob")}
+    others = {name: 1 - share[largest] / share.sum() for name, share in found.shares.items()}
     message = (
-        f"Under Dice, {number - 1} of {number} lesions share {others['dice']:.0%} of the lesion gradient; "
-        f"under blob loss, {others['blob']:.0%}"
+        f"{number - 1} of {number} lesions share {others['dice']:.0%} of the lesion gradient under Dice, "
+        f"{others['blob']:.0%} under blob loss, {others['cc']:.0%} under CC loss"
     )
     figure.suptitle(
-        message if number > 1 else "A single lesion: nothing for blob loss to balance", fontsize=18, fontweight="bold"
+        message if number > 1 else "A single lesion: nothing for blob loss to balance", fontsize=17, fontweight="bold"
     )
     figure.supxlabel(
-        "Blob loss: the blob term alone (main_weight=0). Prediction: a stand-in made from the "
+        "Blob and CC loss: the instances' term alone (main_weight=0). Prediction: a stand-in made from the "
         f"{'label' if volume.image is None else 'image'}, not a network.",
         fontsize=11,
         color="#505050",
@@ -70,30 +72,41 @@ def draw_maps(figure: Any, panels: Any, volume: Volume, ids: NDArray[Any], found
     loss[inside] = found.losses[np.searchsorted(found.ids, shown[inside])]
     drawn = panels[0].imshow(loss, cmap="viridis", vmin=0, vmax=1, **how)
     figure.colorbar(drawn, ax=panels[0], location="bottom", shrink=0.95, pad=0.02, label="blob Dice loss of the lesion")
-    panels[0].set_title(f"Dice loss {found.main:.2f}, mean per lesion {found.blob:.2f}", **TITLE)
+    panels[0].set_title(f"Dice {found.main:.2f}, per lesion {found.blob:.2f}", **TITLE)
 
-    shares = {name: found.gradients[name] / found.gradients[name].sum() for name in ("dice", "blob")}
+    shares = {name: found.gradients[name] / found.gradients[name].sum() for name in LOSSES}
     top = max(float(share.max()) for share in shares.values())
     floor = top / 10**DECADES
     norm = LogNorm(vmin=floor, vmax=top)
-    for panel, name, title in ((panels[1], "dice", "Dice: |gradient|"), (panels[2], "blob", "Blob loss: |gradient|")):
+    for panel, name in zip(panels[1:], LOSSES, strict=True):
         clipped = np.maximum(shares[name][cut].T, floor)
         drawn = panel.imshow(clipped, cmap="inferno", norm=norm, **how)
         panel.contour(inside.astype(float), [0.5], colors="white", linewidths=0.6, alpha=0.7)
-        panel.set_title(title, **TITLE)
+        panel.set_title(f"{LOSSES[name][0].upper()}{LOSSES[name][1:]}: |gradient|", **TITLE)
+    draw_borders(panels[3], found.zones[cut].T)
     figure.colorbar(
         drawn,
         ax=list(panels[1:]),
         location="bottom",
         shrink=0.95,
         pad=0.02,
-        aspect=42,
+        aspect=60,
         extend="min",
-        label="voxel's share of the |gradient| of the volume (one log scale, clipped below); white: lesions",
+        label="voxel's share of the |gradient| of the volume (one log scale, clipped below); white: lesions; "
+        "lines: borders of their zones",
     )
     xlim, ylim = window(inside)
     for panel in panels:
         panel.set(xticks=[], yticks=[], xlim=xlim, ylim=ylim)
+
+
+def draw_borders(panel: Any, zones: NDArray[Any]) -> None:
+    """Lines between voxels of different zones."""
+    across, along = zones[:, 1:] != zones[:, :-1], zones[1:] != zones[:-1]
+    y, x = np.nonzero(across)
+    panel.vlines(x + 0.5, y - 0.5, y + 0.5, colors="#56B4E9", linewidth=0.8)
+    y, x = np.nonzero(along)
+    panel.hlines(y + 0.5, x - 0.5, x + 0.5, colors="#56B4E9", linewidth=0.8)
 
 
 def window(inside: NDArray[Any]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -120,13 +133,16 @@ def draw_scatter(panel: Any, found: Measured) -> None:
     for name, colour, marker, label in (
         ("dice", DICE_COLOUR, "o", "under plain Dice"),
         ("blob", BLOB_COLOUR, "^", "under blob loss"),
+        ("cc", CC_COLOUR, "v", "under CC loss"),
     ):
         seen = found.shares[name] > 0
         panel.scatter(
             found.voxels[seen], found.shares[name][seen], s=55, c=colour, marker=marker, alpha=0.75, lw=0, label=label
         )
-    ratio = np.median(found.shares["blob"][found.shares["dice"] > 0] / found.shares["dice"][found.shares["dice"] > 0])
-    panel.set_title(f"The median lesion's share of the gradient changes by a factor of {ratio:.2g}", **TITLE)
+    under_dice = found.shares["dice"]
+    seen = under_dice > 0
+    blob, cc = (np.median(found.shares[name][seen] / under_dice[seen]) for name in ("blob", "cc"))
+    panel.set_title(f"Median lesion's share against Dice: blob x {times(blob)}, CC x {times(cc)}", **TITLE)
     panel.set(xscale="log", yscale="log")
     panel.set_xlabel("lesion size (voxels)", fontsize=12)
     panel.set_ylabel("lesion's share of the |gradient|", fontsize=12)
@@ -138,9 +154,13 @@ def draw_scatter(panel: Any, found: Measured) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def times(factor: float) -> str:
+    return f"{factor:,.0f}" if factor >= 10 else f"{factor:.2g}"
+
+
 def draw_bars(panel: Any, found: Measured, largest: int) -> None:
     number = len(found.ids)
-    for x, name in enumerate(("dice", "blob")):
+    for x, name in enumerate(LOSSES):
         share = found.shares[name]
         parts = (
             (share.sum() - share[largest], OTHERS_COLOUR, f"{number - 1} other lesions" if number > 1 else ""),
@@ -154,12 +174,12 @@ def draw_bars(panel: Any, found: Measured, largest: int) -> None:
             if height > 0.035:
                 ink = "white" if colour == LARGEST_COLOUR else "black"
                 panel.text(x, middle, f"{height:.0%}", ha="center", va="center", color=ink, fontsize=13)
-            if x == 1 and label:
+            if x == len(LOSSES) - 1 and label:
                 last_text = max(middle, last_text + 0.06)  # thin parts: no text over another
                 panel.text(x + 0.4, last_text, label, ha="left", va="center", fontsize=12)
             below += height
     panel.set_title("Who gets the gradient", **TITLE)
-    panel.set(xlim=(-0.4, 2.1), ylim=(0, 1), yticks=[])
-    panel.set_xticks([0, 1], ["plain Dice", "blob loss"], fontsize=12)
+    panel.set(xlim=(-0.4, len(LOSSES) + 0.25), ylim=(0, 1), yticks=[])
+    panel.set_xticks(range(len(LOSSES)), list(LOSSES.values()), fontsize=12)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)

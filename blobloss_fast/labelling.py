@@ -92,17 +92,18 @@ def nearest_instance(instances: Tensor, *, spacing: Iterable[float] | None = Non
         raise TypeError("instances must hold integer ids; got bool: find them with connected_components(mask)[0]")
     _checks.volume("instances", instances)
     instances = _checks.integers("instances", instances)
-    sizes = instances.shape[2:]
-    weights = [1] * len(sizes) if spacing is None else _weights(_checks.spacing(spacing, len(sizes)), sizes)
-    return _ops.nearest_instance(instances, weights)
+    return _ops.nearest_instance(instances, squared_spacings(spacing, instances.shape[2:]))
 
 
-def _weights(spacing: Sequence[float], sizes: Sequence[int]) -> list[int]:
+def squared_spacings(spacing: Iterable[float] | None, sizes: Sequence[int]) -> list[int]:
     """Return squared spacings as whole numbers, exact up to a common factor unless distances get too large.
 
     In plain integers, which torch.compile can follow. An axis of one voxel has no distances: its weight is 1.
     """
-    decimals = [_decimal(value.__float__()) for value in spacing]  # float(value) is a variable to torch.compile
+    if spacing is None:
+        return [1] * len(sizes)
+    numbers = _checks.spacing(spacing, len(sizes))
+    decimals = [_decimal(value.__float__()) for value in numbers]  # float(value) is a variable to torch.compile
     lowest = min(exponent for _, exponent in decimals)
     exact = [digits * 10 ** (exponent - lowest) for digits, exponent in decimals]
     factor = math.gcd(*[value for value, size in zip(exact, sizes, strict=True) if size > 1])

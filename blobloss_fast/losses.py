@@ -1,17 +1,76 @@
-"""Blob loss as a module: holds the options, calls ``functional``."""
+"""The losses as modules: they hold the options that ``functional`` takes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .compute import compute, compute_instances
 from .criteria import Criterion
-from .functional import DICE, Options, blob_loss_instances, blob_loss_terms, compute
+from .kernels.layout import ZONES
+from .options import BLOB_OPTIONS, CC_OPTIONS, DICE, InstanceWeight, Options
 
 
-class BlobLoss(nn.Module):
+class _InstanceLoss(nn.Module):
+    """Options as attributes, which may be set between calls."""
+
+    _names: ClassVar[tuple[str, ...]] = Options._fields
+    criterion: Criterion
+    main_criterion: Criterion | None
+    main_weight: float
+    blob_weight: float
+    activation: str
+    include_background: bool
+    masking: str
+    connectivity: int
+    reduction: str
+    ignore_index: int | None
+    max_instances: int | None
+    instance_weight: InstanceWeight
+    empty_sample: float | None
+    spacing: Sequence[float] | None
+    bidirectional: bool
+    _checked: Options | None
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        checked = options.checked()
+        for name in self._names:
+            setattr(self, name, getattr(checked, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._names:
+            self.__dict__["_checked"] = None
+
+    def _defaults(self) -> Options:
+        return Options()
+
+    def _options(self) -> Options:
+        """Return the checked options; they are checked once, and again after one of them was set."""
+        options = self._checked
+        if options is None:
+            named = {name: getattr(self, name) for name in self._names}
+            options = self._defaults()._replace(**named).checked()
+            if not torch.compiler.is_compiling():  # a traced call is not to change the module
+                self.__dict__["_checked"] = options
+        return options
+
+    def extra_repr(self) -> str:
+        """Show the options that differ from the defaults."""
+        options, defaults = self._options(), self._defaults()
+        changed = [
+            f"{name}={getattr(options, name)!r}"
+            for name in self._names
+            if name != "criterion" and getattr(options, name) != getattr(defaults, name)
+        ]
+        return ", ".join([repr(self.criterion), *changed])
+
+
+class BlobLoss(_InstanceLoss):
     r"""Blob loss: a segmentation loss in which every ground-truth instance counts the same, whatever its size.
 
     .. math:: L = w_m L(p, y) + w_b \frac{1}{N} \sum_k L(p|_{\Omega_k}, y_k), \quad \Omega_k = B \cup \text{blob}_k
@@ -49,6 +108,12 @@ class BlobLoss(nn.Module):
         ignore_index: value of the target that is ignored by both terms; without a target it has no effect, as
             ``connectivity`` has none where ids are given. Ids below 0 are ignored as well.
         max_instances: the largest id allowed, which fixes the shape of the table. None reads it from the ids.
+        instance_weight: "uniform"; "inverse_size", 1 / (number of voxels); or a function from the numbers of voxels
+            (``[B, C, N]`` in the dtype of the loss, 0 where there is no instance) to weights of the same shape, at
+            least 0. The mean over the instances of a (sample, class) becomes a weighted mean. An instance of weight 0
+            has no term of its own: ``lambda sizes: sizes >= 5`` leaves out what has less than five voxels.
+        empty_sample: c > 0, in voxels: a (sample, class) without instances has the term :math:`s / (s + c)` in the blob
+            term's mean, s the sum of its p, so that false positives cost something there as well. None: it is skipped.
 
     Raises:
         TypeError: for an argument of the wrong kind or dtype.
@@ -77,18 +142,7 @@ class BlobLoss(nn.Module):
         1.7744
     """
 
-    criterion: Criterion
-    main_criterion: Criterion | None
-    main_weight: float
-    blob_weight: float
-    activation: str
-    include_background: bool
-    masking: str
-    connectivity: int
-    reduction: str
-    ignore_index: int | None
-    max_instances: int | None
-    _checked: Options | None
+    _names = BLOB_OPTIONS
 
     def __init__(
         self,
@@ -104,28 +158,14 @@ class BlobLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int | None = None,
         max_instances: int | None = None,
+        instance_weight: InstanceWeight = "uniform",
+        empty_sample: float | None = None,
     ) -> None:
-        super().__init__()
         options = Options(
             criterion, main_criterion, main_weight, blob_weight, activation, include_background, masking, connectivity,
-            reduction, ignore_index, max_instances,
+            reduction, ignore_index, max_instances, instance_weight, empty_sample,
         )  # fmt: skip
-        for name, value in options.checked()._asdict().items():
-            setattr(self, name, value)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in Options._fields:
-            self.__dict__["_checked"] = None
-
-    def _options(self) -> Options:
-        """Return the checked options; they are checked once, and again after one of them was set."""
-        options = self._checked
-        if options is None:
-            options = Options(*[getattr(self, name) for name in Options._fields]).checked()
-            if not torch.compiler.is_compiling():  # a traced call is not to change the module
-                self.__dict__["_checked"] = options
-        return options
+        super().__init__(options)
 
     def forward(self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None) -> Tensor:
         """Return the loss.
@@ -142,7 +182,7 @@ class BlobLoss(nn.Module):
             A scalar, or ``[B, C]`` with ``reduction="none"``; float32, or float64 for float64 logits.
         """
         options = self._options()
-        return compute(options, logits, target, instances, options.reduction)[0]
+        return compute(options, logits, target, instances, options.reduction)
 
     def terms(
         self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None
@@ -157,7 +197,8 @@ class BlobLoss(nn.Module):
         Returns:
             Two scalars, main and blob. Errors and synchronisation are those of the class.
         """
-        return blob_loss_terms(logits, target, instances, **self._options()._asdict())
+        main, blob = compute(self._options(), logits, target, instances, "terms").unbind()
+        return main, blob
 
     def instance_losses(
         self, logits: Tensor, target: Tensor | None = None, instances: Tensor | None = None
@@ -173,13 +214,157 @@ class BlobLoss(nn.Module):
             losses ``[B, C, N]`` and ids int64 ``[B, C, N]``, both 0 where there is none. Errors and synchronisation are
             those of the class.
         """
-        return blob_loss_instances(logits, target, instances, **self._options()._asdict())
+        return compute_instances(self._options(), logits, target, instances)
 
-    def extra_repr(self) -> str:
-        """Show the options that differ from the defaults."""
-        changed = [
-            f"{name}={value!r}"
-            for name, value, default in zip(Options._fields, self._options(), Options(), strict=True)
-            if value != default and name != "criterion"
-        ]
-        return ", ".join([repr(self.criterion), *changed])
+
+class CCLoss(_InstanceLoss):
+    r"""CC loss: every instance counts the same, in the part of the image that is nearest to it.
+
+    .. math:: L = w_m L(p, y) + w_b \frac{1}{N} \sum_k L(p|_{Z_k}, y|_{Z_k})
+
+    :math:`Z_k` is the zone of instance k: the voxels that no other instance is nearer to. A false positive is charged
+    to one instance, the nearest, where :class:`BlobLoss` charges it to all. Both terms come from one pass over the
+    logits forward and one backward. CC-DiceCE as published is
+    ``CCLoss(criteria.dice() + criteria.cross_entropy(), activation="softmax")`` on two channels.
+
+    Empty cases: where a sample has no instance, its whole volume is one zone without foreground, and that counts in the
+    mean like any other (blob loss skips such samples). Ignored voxels are in no zone, not read, and get a gradient of
+    exactly 0. Channel 0 of a softmax has no zones.
+
+    The options are attributes and may be changed between calls.
+
+    Args:
+        criterion: as in :class:`BlobLoss`, like all options that are not below.
+        main_criterion: as there.
+        main_weight: as there.
+        blob_weight: weight of the mean over the zones.
+        activation: as there.
+        include_background: as there.
+        connectivity: as there; also of predicted components.
+        reduction: as there.
+        ignore_index: as there.
+        max_instances: the largest id allowed; with ``bidirectional`` also the largest number of predicted components.
+        instance_weight: as there, of the ground truth's zones; the size is the number of foreground voxels in a zone,
+            and a zone without any has weight 1.
+        empty_sample: c > 0: a zone without foreground has the term :math:`s / (s + c)` in place of the criterion, s the
+            sum of p in it.
+        spacing: size of a voxel along each spatial axis, in any unit; None: 1 along all.
+        bidirectional: BiCC: half of the zones' term is the mean over the ground truth's zones, half that over the zones
+            of the predicted components (p > 0.5), in which the criterion compares with the same target. A predicted
+            zone without foreground has the term :math:`\sum p\,sg(p) / sg(\sum p)` instead, sg being the stopped
+            gradient: it pushes false positives down, which a Dice there could not.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
+
+    Synchronises:
+        As :class:`BlobLoss`: never with ``max_instances`` and ``instances`` or ``zones`` given.
+
+    Reference:
+        Bouteille et al., arXiv 2511.17146 (CC-DiceCE); arXiv 2604.24276 (several classes); arXiv 2609.30223 (BiCC).
+
+    Example:
+        >>> import torch
+        >>> from blobloss_fast import CCLoss, criteria
+        >>> logits = torch.zeros(1, 2, 8, 8, requires_grad=True)
+        >>> class_map = torch.zeros(1, 1, 8, 8)
+        >>> class_map[0, 0, 1, 1] = class_map[0, 0, 5:7, 5:7] = 1
+        >>> loss = CCLoss(criteria.dice() + criteria.cross_entropy(), activation="softmax")(logits, class_map)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        3.1285
+    """
+
+    _names = CC_OPTIONS
+
+    def __init__(
+        self,
+        criterion: Criterion = DICE,
+        *,
+        main_criterion: Criterion | None = None,
+        main_weight: float = 1.0,
+        blob_weight: float = 1.0,
+        activation: str = "sigmoid",
+        include_background: bool = False,
+        connectivity: int = 26,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        max_instances: int | None = None,
+        instance_weight: InstanceWeight = "uniform",
+        empty_sample: float | None = None,
+        spacing: Sequence[float] | None = None,
+        bidirectional: bool = False,
+    ) -> None:
+        options = Options(
+            criterion, main_criterion, main_weight, blob_weight, activation, include_background, ZONES, connectivity,
+            reduction, ignore_index, max_instances, instance_weight, empty_sample, spacing, bidirectional,
+        )  # fmt: skip
+        super().__init__(options)
+
+    def _defaults(self) -> Options:
+        return Options(masking=ZONES)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        instances: Tensor | None = None,
+        zones: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss.
+
+        Args:
+            logits: as in :meth:`BlobLoss.forward`.
+            target: as there. Beside ids it is the label inside the zones, which come from the ids.
+            instances: as there.
+            zones: :func:`nearest_instance` of the ids, in their shape, where you have it already; beside a target, no
+                instance is looked for then. A voxel with 0 is in no zone.
+
+        Returns:
+            A scalar, or ``[B, C]`` with ``reduction="none"``; float32, or float64 for float64 logits.
+        """
+        options = self._options()
+        return compute(options, logits, target, instances, options.reduction, zones)
+
+    def terms(
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        instances: Tensor | None = None,
+        zones: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the unweighted main term and the mean over the zones, both differentiable, from one pass.
+
+        Args:
+            logits: as in :meth:`forward`, like the labels.
+            target: as there.
+            instances: as there.
+            zones: as there.
+
+        Returns:
+            Two scalars. Errors and synchronisation are those of the class.
+        """
+        main, blob = compute(self._options(), logits, target, instances, "terms", zones).unbind()
+        return main, blob
+
+    def instance_losses(
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        instances: Tensor | None = None,
+        zones: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the criterion in every zone of the ground truth, differentiable, and the zone's id.
+
+        Args:
+            logits: as in :meth:`forward`, like the labels.
+            target: as there.
+            instances: as there.
+            zones: as there.
+
+        Returns:
+            losses ``[B, C, N]`` and ids int64 ``[B, C, N]``, both 0 where there is none; the zone of a sample without
+            instances has id 1. Weights, ``empty_sample`` and ``bidirectional`` have no effect. Errors and
+            synchronisation are those of the class.
+        """
+        return compute_instances(self._options(), logits, target, instances, zones)

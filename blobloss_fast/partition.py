@@ -6,6 +6,7 @@ module brings every accepted form of labels (binary target, class map, one-hot, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from . import _checks, _ops
 from .kernels.labels import is_ignored
+from .labelling import squared_spacings
+from .options import Options
 
 
 class Partition(NamedTuple):
@@ -24,6 +27,7 @@ class Partition(NamedTuple):
         max_instances: the largest id that the table has room for.
         channel0: what channel 0 is, one of ``kernels.layout.CHANNEL0``.
         original_ids: int64 ``[max_instances]``, the ids as they were given, or None if they were not renumbered.
+        is_guess: whether an id may be larger: the kernels find out, and the caller tries again ``with_largest_id``.
     """
 
     instances: Tensor
@@ -31,11 +35,34 @@ class Partition(NamedTuple):
     max_instances: int
     channel0: str
     original_ids: Tensor | None
+    is_guess: bool
 
     def with_largest_id(self) -> Partition:
         """Return the partition with the capacity that its ids need, which reads them all."""
         instances, largest, original_ids = _largest_id(self.instances, self.instances[0, 0].numel())
-        return self._replace(instances=instances, max_instances=largest, original_ids=original_ids)
+        return self._replace(instances=instances, max_instances=largest, original_ids=original_ids, is_guess=False)
+
+    def with_capacity(self, max_instances: int | None, guess: int | None) -> Partition:
+        """Return the partition with this capacity; without any, with what its ids need."""
+        if max_instances is not None:
+            return self._replace(max_instances=max_instances)
+        return self.with_largest_id() if guess is None else self._replace(max_instances=guess, is_guess=True)
+
+    def in_zones(self, zones: Tensor | None, spacing: Sequence[float] | None) -> Partition:
+        """Return the partition into the zones of the instances, with a target that says where these are.
+
+        Args:
+            zones: the zones, if they are known: the partition need not know the instances then.
+        """
+        target = self.instances > 0 if self.target is None else self.target
+        if zones is None:
+            zones = _nearest_instance(self.instances, spacing)
+            return self._replace(instances=zones, target=target, max_instances=max(self.max_instances, 1))
+        _checks.tensor("zones", zones)
+        _checks.matching("zones", zones, self.instances, (self.instances.shape[1],))
+        zones = _checks.integers("zones", zones)
+        zones = zones.to(torch.int32) if zones.dtype == torch.uint8 else zones
+        return self._replace(instances=torch.where(self.instances < 0, -1, zones), target=target)
 
 
 def partition(
@@ -48,11 +75,14 @@ def partition(
     connectivity: int,
     ignore_index: int | None,
     max_instances: int | None,
+    guess: int | None,
     wants_blob: bool,
 ) -> Partition:
     """Validate the labels of a call and bring them into the form that the kernels read.
 
     Args:
+        max_instances: the largest id that is allowed; None: the largest there is.
+        guess: what to take for that, where it would have to be looked for.
         wants_blob: whether there is a blob term; without one, no instance is looked for in a target.
     """
     channels = logits.shape[1]
@@ -75,7 +105,9 @@ def partition(
         _checks.connectivity(connectivity, logits.ndim - 2)
         if wants_blob:
             class_map = target.shape[1] < channels
-            instances, _ = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore_index)
+            instances, counts = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore_index)
+            if max_instances is None:
+                max_instances = int(counts.max())
             if channel0 != "background":
                 target = None  # its components say the same
         else:
@@ -86,9 +118,21 @@ def partition(
     else:
         raise ValueError("target or instances must be given; got neither: pass a binary target, instance ids, or both")
 
-    if max_instances is None:
-        return Partition(instances, target, 0, channel0, None).with_largest_id()
-    return Partition(instances, target, max_instances, channel0, None)
+    return Partition(instances, target, 0, channel0, None, False).with_capacity(max_instances, guess)
+
+
+def predicted_zones(logits: Tensor, labels: Partition, options: Options) -> Partition:
+    """Return the partition into the zones of the predicted components, p > 0.5, with the target of ``labels``."""
+    x = logits.detach()
+    if options.activation == "softmax":
+        x = torch.softmax(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, 1)
+        x = x[:, 1:] if labels.instances.shape[1] < x.shape[1] else x
+    ignored = labels.instances < 0
+    predicted = (x > (0.0 if options.activation == "sigmoid" else 0.5)) & ~ignored
+    components, counts = _ops.connected_components(predicted, options.connectivity)
+    largest = int(counts.max()) if options.max_instances is None else options.max_instances
+    zones = _nearest_instance(components, options.spacing).masked_fill_(ignored, -1)
+    return labels._replace(instances=zones, max_instances=max(largest, 1), original_ids=None, is_guess=False)
 
 
 def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -115,3 +159,7 @@ def _largest_id(instances: Tensor, voxels: int) -> tuple[Tensor, int, Tensor | N
     renumbered = instances.clamp(-1, 0).to(torch.int32)
     renumbered[foreground] = dense.to(torch.int32) + 1
     return renumbered, original.numel(), original.to(torch.int64)
+
+
+def _nearest_instance(instances: Tensor, spacing: Sequence[float] | None) -> Tensor:
+    return _ops.nearest_instance(instances, squared_spacings(spacing, instances.shape[2:]))

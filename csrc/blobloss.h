@@ -21,7 +21,7 @@ extern "C" {
 enum bl_type { BL_F16, BL_BF16, BL_F32, BL_F64, BL_BOOL, BL_U8, BL_I8, BL_I16, BL_I32, BL_I64 };
 enum bl_feature { BL_PROB, BL_PROB_SQ, BL_NLL_POS, BL_NLL_NEG, BL_FOCAL_POS, BL_FOCAL_NEG };
 enum bl_activation { BL_SIGMOID, BL_SOFTMAX, BL_NONE };
-enum bl_masking { BL_EXCLUDE, BL_ZERO_PROB, BL_ZERO_LOGIT, BL_MASK_NONE };
+enum bl_masking { BL_EXCLUDE, BL_ZERO_PROB, BL_ZERO_LOGIT, BL_MASK_NONE, BL_ZONES };
 enum bl_channel0 { BL_CLASS, BL_BACKGROUND, BL_UNUSED };
 enum bl_reduction { BL_MEAN, BL_NO_REDUCTION, BL_SUM, BL_TERMS, BL_INSTANCES };
 
@@ -72,15 +72,18 @@ struct bl_problem {
 
 // From the table to the loss and to the gradient of the table; kernels/finish.py says what each option means.
 struct bl_finish {
-  const int64_t* counts;    // [B, C, K]
-  const void* sums;         // [B, C, K, F], double or float
-  const double* main_rows;  // num_main_rows rows as in kernels/layout.py
+  const int64_t* counts;     // [B, C, K]
+  const void* sums;          // [B, C, K, F], double or float
+  const double* main_rows;   // num_main_rows rows as in kernels/layout.py
   const double* blob_rows;
-  const void* grad;  // gradient of the value, in the type of the sums; null stands for ones
-  void* value;       // may be null
-  void* grad_sums;   // [B, C, K, F]; may be null
+  const double* empty_rows;  // of domains without a positive voxel
+  const void* weights;       // of the instances, [B, C, N], in the type of the sums; null stands for ones
+  const void* grad;          // gradient of the value, in the type of the sums; null stands for ones
+  void* value;               // may be null
+  void* grad_sums;           // [B, C, K, F]; may be null
   int64_t num_main_rows;
   int64_t num_blob_rows;
+  int64_t num_empty_rows;
   int64_t batch;
   int64_t channels;
   int64_t num_cells;

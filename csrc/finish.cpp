@@ -3,9 +3,10 @@
 // The instances of a (sample, class) pair are taken in blocks, which every pass reads out of the table and evaluates
 // side by side. First come the totals of every pair and its main term, then the blobs; where masking leaves the others
 // in, their slopes add up only after that, and one more pass evaluates the blobs again. All sums are sums of blocks in
-// the order of the blocks, so that they do not depend on threads.
+// the order of the blocks, so that they do not depend on threads. Where the ids are those of zones, a domain is the two
+// bits of a zone, and there is no background.
 //
-// Beyond the table this takes 200 bytes for every 4,096 instances of a pair, and where the others stay in, a quarter of
+// Beyond the table this takes 208 bytes for every 4,096 instances of a pair, and where the others stay in, a quarter of
 // a byte per instance and feature.
 
 #include <math.h>
@@ -35,23 +36,10 @@ constexpr int64_t kWorthThreads = 32768;  // instances from which other threads 
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-rows::Masking masking_of(const bl_finish& a) {
-  rows::Masking masking = {{}, a.masking == BL_MASK_NONE};
-  if (a.masking != BL_EXCLUDE) masking.per_voxel[0] = 1;
-  if (a.masking == BL_ZERO_LOGIT && a.activation != BL_NONE) {
-    const double prob = a.activation == BL_SIGMOID ? 0.5 : 1 / static_cast<double>(a.channels);
-    const double nll = -log1p(-prob);
-    masking.per_voxel[1 + BL_PROB] = prob;
-    masking.per_voxel[1 + BL_PROB_SQ] = prob * prob;
-    masking.per_voxel[1 + BL_NLL_NEG] = nll;
-    masking.per_voxel[1 + BL_FOCAL_NEG] = pow(prob, a.gamma) * nll;
-  }
-  return masking;
-}
-
 // The stats of the instances alone, by bit; without a target they are all of bit 1.
 struct SpanSums {
   int64_t instances = 0;  // that exist
+  double weight = 0;      // of these
   int64_t voxels[2] = {};
   double sums[2][kStats] = {};  // of the features that the main term reads
   double value = 0;
@@ -60,11 +48,14 @@ struct SpanSums {
 
 struct Pair {
   int64_t instances = 0;
+  double weight = 0;
   int64_t voxels = 0;  // of instances
   double background[kStats] = {};
   double main_stats[2][kStats] = {};  // by bit
-  double main = 0, main_slopes[2][kStats] = {};
-  double blob_grad = 0;  // of the value of each instance
+  double main = 0, main_slopes[2][kStats] = {};  // by bit
+  double blob_grad = 0;                          // of the value of an instance with weight 1
+  bool is_empty = false;                         // has no instance, but rows for that
+  double empty = 0, empty_slopes[2][kStats] = {};
 };
 
 template <typename T>
@@ -73,9 +64,11 @@ class Finish {
   explicit Finish(const bl_finish& a)
       : a_(a),
         sums_(static_cast<const T*>(a.sums)),
+        weights_(static_cast<const T*>(a.weights)),
         grad_(static_cast<const T*>(a.grad)),
         value_(static_cast<T*>(a.value)),
         grad_sums_(static_cast<T*>(a.grad_sums)),
+        zones_(a.masking == BL_ZONES),
         table_(a.counts, sums_, a.num_cells, a.num_features, a.has_target != 0),
         num_stats_(1 + a.num_features),
         num_pairs_(a.batch * a.channels),
@@ -88,14 +81,16 @@ class Finish {
     std::fill_n(stat_of + 1, kStats - 1, -1);
     stat_of[0] = 0;
     for (int j = 0; j < a.num_features; ++j) stat_of[1 + a.features[j]] = 1 + j;
-    const rows::Masking masking = masking_of(a);
-    main_rows_ = rows::read_rows(a.main_rows, a.num_main_rows, stat_of, {{}, false});
-    blob_rows_ = rows::read_rows(a.blob_rows, a.num_blob_rows, stat_of, masking);
+    const rows::Masking masking = rows::masking_of(a);
+    main_rows_ = rows::read_rows(a.main_rows, a.num_main_rows, nullptr, 0, stat_of, {{}, false});
+    blob_rows_ = rows::read_rows(a.blob_rows, a.num_blob_rows, a.empty_rows, zones_ ? a.num_empty_rows : 0, stat_of,
+                                 masking);
+    if (!zones_) empty_rows_ = rows::read_rows(a.empty_rows, a.num_empty_rows, nullptr, 0, stat_of, {{}, false});
     main_reads_ = rows::stats_read(main_rows_, kPositive) | rows::stats_read(main_rows_, kOthers);
     blob_reads_ = rows::stats_read(blob_rows_, kPositive);
     negative_reads_ = rows::stats_read(blob_rows_, kOthers);
     counts_others_ = masking.per_voxel[0] != 0;
-    others_read_ = masking.stays_in ? negative_reads_ : 0;
+    others_read_ = masking.stays_in && !zones_ ? negative_reads_ : 0;
     if (others_read_) others_.resize(num_pairs_, a.num_features, num_blocks_);
     if (others_read_ && grad_sums_) others_slopes_.resize(num_pairs_, a.num_features, num_blocks_);
   }
@@ -137,8 +132,10 @@ class Finish {
   void add_up_instances(int64_t task) {
     SpanSums& span = spans_[task];
     for_each_block(task, [&](const Run& run) {
-      span.instances += table_.count(run, span.voxels);
+      const int64_t instances = table_.count(run, span.voxels);
+      span.instances += instances;
       double column[kBlock];
+      span.weight += weights_ ? add_up_weights(run, column) : static_cast<double>(instances);
       for (int stat = 1; stat < num_stats_; ++stat) {
         for (int bit = 2 - table_.bits(); bit < 2 && reads(main_reads_, stat); ++bit) {
           table_.load_bit(run, stat, bit, column);
@@ -151,6 +148,15 @@ class Finish {
     });
   }
 
+  double add_up_weights(const Run& run, double* weights) const {
+    table_.load_counts(run, weights);
+    const T* from = weights_of(run);
+    for (int i = 0; i < run.size; ++i) weights[i] = weights[i] > 0 ? static_cast<double>(from[i]) : 0;
+    return rows::total(weights, run.padded());
+  }
+
+  const T* weights_of(const Run& run) const { return weights_ + run.pair * num_instances_ + run.first; }
+
   // The totals and the main term of every pair, and what its blobs weigh.
   void add_up_pairs() {
     const bool averaged = a_.reduction != BL_NO_REDUCTION && a_.reduction != BL_SUM;
@@ -160,11 +166,13 @@ class Finish {
     for (int64_t i = 0; i < num_pairs_; ++i) {
       add_up_pair(i);
       evaluate_main(i);
-      with_blobs += pairs_[i].instances > 0;
+      with_blobs += pairs_[i].weight > 0 || pairs_[i].is_empty;
     }
     blob_scale_ = averaged ? a_.blob_weight / static_cast<double>(std::max<int64_t>(with_blobs, 1)) : a_.blob_weight;
-    for (int64_t i = 0; i < num_pairs_; ++i)
-      pairs_[i].blob_grad = a_.reduction == BL_INSTANCES ? 1 : blob_scale_ * upstream(i, 1) / at_least_one(pairs_[i]);
+    for (int64_t i = 0; i < num_pairs_; ++i) {
+      pairs_[i].blob_grad = a_.reduction == BL_INSTANCES ? 1 : blob_scale_ * upstream(i, 1) / weight_of(pairs_[i]);
+      if (pairs_[i].is_empty) evaluate_empty(i);
+    }
   }
 
   void add_up_pair(int64_t i) {
@@ -181,6 +189,7 @@ class Finish {
     for (int64_t task = i * num_spans_; task < (i + 1) * num_spans_; ++task) {
       const SpanSums& span = spans_[task];
       pair.instances += span.instances;
+      pair.weight += span.weight;
       pair.voxels += span.voxels[0] + span.voxels[1];
       for (int bit = 0; bit < 2; ++bit) {
         voxels[bit] += span.voxels[bit];
@@ -188,28 +197,23 @@ class Finish {
       }
     }
     for (int bit = 0; bit < 2; ++bit) pair.main_stats[bit][0] = static_cast<double>(voxels[bit]);
+    const bool may_have = a_.channel0 == BL_CLASS || i % a_.channels != 0;
+    pair.is_empty = !empty_rows_.empty() && may_have && pair.instances == 0 && pair.background[0] > 0;
   }
 
   // The main term is a single domain: the voxels with bit 1 against those with bit 0.
   void evaluate_main(int64_t i) {
     Pair& pair = pairs_[i];
-    Block block;
-    block.size = rows::kStep;
-    for (int stat = 0; stat < num_stats_; ++stat) {
-      rows::set(block.columns[kPositive + stat], 0, block.size);
-      block.columns[kPositive + stat][0] = pair.main_stats[1][stat];
-    }
-    double inhabited[rows::kStep] = {};
-    rows::set(block.grad, 0, block.size);
-    inhabited[0] = pair.main_stats[0][0] + pair.main_stats[1][0];
-    block.grad[0] = main_scale_ * upstream(i, 0);
-    for (auto& slopes : block.slopes) slopes[0] = 0;  // where no row has one
-    rows::evaluate(main_rows_, pair.main_stats[0], inhabited, grad_sums_ != nullptr, block);
-    pair.main = block.values[0];
-    for (int stat = 1; stat < num_stats_ && grad_sums_; ++stat) {
-      pair.main_slopes[0][stat] = block.slopes[kOthers + stat][0];
-      pair.main_slopes[1][stat] = block.slopes[kPositive + stat][0];
-    }
+    const double* const sides[2] = {pair.main_stats[0], pair.main_stats[1]};
+    pair.main = rows::evaluate_one(main_rows_, num_stats_, sides, main_scale_ * upstream(i, 0), pair.main_slopes);
+  }
+
+  // So is what stands for the instances of a pair without any: the background.
+  void evaluate_empty(int64_t i) {
+    const double nothing[kStats] = {};
+    Pair& pair = pairs_[i];
+    const double* const sides[2] = {pair.background, nothing};
+    pair.empty = rows::evaluate_one(empty_rows_, num_stats_, sides, pair.blob_grad, pair.empty_slopes);
   }
 
   // The incoming gradient of the main (0) or the blob term (1) of a pair, before it is scaled.
@@ -219,7 +223,7 @@ class Finish {
     return grad_[a_.reduction == BL_TERMS ? term : a_.reduction == BL_NO_REDUCTION ? pair : 0];
   }
 
-  static double at_least_one(const Pair& pair) { return static_cast<double>(std::max<int64_t>(pair.instances, 1)); }
+  static double weight_of(const Pair& pair) { return pair.weight > 0 ? pair.weight : 1; }
 
   void evaluate_blobs(int64_t task) {
     SpanSums& span = spans_[task];
@@ -227,13 +231,14 @@ class Finish {
     prepare(task, block);
     for_each_block(task, [&](const Run& run) {
       evaluate(run, block);
-      span.value += rows::total(block.values, block.size);
       if (value_ && a_.reduction == BL_INSTANCES) {
         T* to = value_ + run.pair * num_instances_ + run.first;
         for (int i = 0; i < run.size; ++i) to[i] = static_cast<T>(block.values[i]);
       }
+      for (int i = 0; i < run.size && weights_; ++i) block.values[i] *= static_cast<double>(weights_of(run)[i]);
+      span.value += rows::total(block.values, block.size);
       if (!grad_sums_) return;
-      for (int stat = 1; stat < num_stats_; ++stat) {
+      for (int stat = 1; stat < num_stats_ && !zones_; ++stat) {
         if (!reads(negative_reads_, stat)) continue;
         const double sum = rows::total(block.slopes[kOthers + stat], block.size);
         span.slopes[stat] += sum;
@@ -260,13 +265,32 @@ class Finish {
   // Fills what no block changes.
   void prepare(int64_t task, Block& block) const {
     rows::set(block.grad, pairs_[task / num_spans_].blob_grad, kBlock);
-    for (int stat = 1; stat < num_stats_ && grad_sums_; ++stat) rows::set(block.slopes[kPositive + stat], 0, kBlock);
+    for (int stat = 1; stat < num_stats_ && grad_sums_; ++stat) {
+      rows::set(block.slopes[kPositive + stat], 0, kBlock);
+      rows::set(block.slopes[kOthers + stat], 0, kBlock);
+    }
   }
 
   void evaluate(const Run& run, Block& block) const {
     block.size = run.padded();
+    if (zones_)
+      load_zones(run, block);
+    else
+      load_blobs(run, block);
+    const double grad = pairs_[run.pair].blob_grad;
+    for (int i = 0; i < run.size && weights_; ++i) block.grad[i] = grad * static_cast<double>(weights_of(run)[i]);
+    if (a_.reduction == BL_INSTANCES) {
+      const T* from = grad_ ? grad_ + run.pair * num_instances_ + run.first : nullptr;
+      for (int i = 0; i < run.size; ++i) block.grad[i] = from ? static_cast<double>(from[i]) : 1;
+    }
+    const double nothing[kStats] = {};
+    rows::evaluate(blob_rows_, zones_ ? nothing : pairs_[run.pair].background, grad_sums_ != nullptr, block);
+  }
+
+  void load_blobs(const Run& run, Block& block) const {
     double* count = block.columns[kPositive];
     table_.load_counts(run, count);
+    std::copy_n(count, block.size, block.inhabited[0]);
     const double all = static_cast<double>(pairs_[run.pair].voxels);
     for (int i = 0; i < block.size && counts_others_; ++i) block.columns[kOthers][i] = all - count[i];  // exact
     for (int stat = 1; stat < num_stats_; ++stat) {
@@ -276,14 +300,29 @@ class Finish {
       rows::set(others, 0, block.size);
       others_.add_others(run, stat, own, others);
     }
-    if (a_.reduction == BL_INSTANCES && grad_)
-      std::copy_n(grad_ + run.pair * num_instances_ + run.first, run.size, block.grad);
-    rows::evaluate(blob_rows_, pairs_[run.pair].background, count, grad_sums_ != nullptr, block);
+  }
+
+  void load_zones(const Run& run, Block& block) const {
+    for (const int bit : {0, 1}) {
+      const int side = bit ? kPositive : kOthers;
+      table_.load_count_of_bit(run, bit, block.columns[side]);
+      for (int stat = 1; stat < num_stats_; ++stat)
+        if (reads(bit ? blob_reads_ : negative_reads_, stat)) table_.load_bit(run, stat, bit, block.columns[side + stat]);
+    }
+    const double *positive = block.columns[kPositive], *negative = block.columns[kOthers];
+    for (int i = 0; i < block.size; ++i) {
+      const bool apart = a_.num_empty_rows && positive[i] == 0;
+      block.inhabited[0][i] = apart ? 0 : positive[i] + negative[i];
+      block.inhabited[1][i] = apart ? negative[i] : 0;
+    }
   }
 
   void store_slopes(const Run& run, const Block& block) const {
     for (int stat = 1; stat < num_stats_; ++stat)
-      table_.store(run, stat, block.slopes[kPositive + stat], pairs_[run.pair].main_slopes, grad_sums_);
+      for (int bit = 2 - table_.bits(); bit < 2; ++bit) {
+        const double* slopes = block.slopes[(zones_ && !bit ? kOthers : kPositive) + stat];
+        table_.store_bit(run, stat, bit, slopes, pairs_[run.pair].main_slopes[bit][stat], grad_sums_);
+      }
   }
 
   // ---------------------------------------------------------------- the results
@@ -294,7 +333,7 @@ class Finish {
       double blob = 0;
       for (int64_t task = i * num_spans_; task < (i + 1) * num_spans_; ++task) blob += spans_[task].value;
       const double main = main_scale_ * pairs_[i].main;
-      blob = blob_scale_ * (blob / at_least_one(pairs_[i]));
+      blob = blob_scale_ * (blob / weight_of(pairs_[i]) + pairs_[i].empty);
       if (a_.reduction == BL_NO_REDUCTION) value_[i] = static_cast<T>(main + blob);
       sum_main += main;
       sum_blob += blob;
@@ -313,7 +352,7 @@ class Finish {
     const int64_t size = num_pairs_ * a_.num_cells * a_.num_features;
     for (int64_t i = 0; i < num_pairs_; ++i)
       for (int stat = 1; stat < num_stats_; ++stat) {
-        double slope = 0;
+        double slope = pairs_[i].empty_slopes[0][stat];
         for (int64_t task = i * num_spans_; task < (i + 1) * num_spans_; ++task) slope += spans_[task].slopes[stat];
         for (int bit = 0; bit < table_.bits(); ++bit) {
           const double all = slope + pairs_[i].main_slopes[bit][stat];
@@ -326,13 +365,15 @@ class Finish {
 
   const bl_finish& a_;
   const T* sums_;
+  const T* weights_;
   const T* grad_;
   T* value_;
   T* grad_sums_;
+  const bool zones_;
   const rows::Table<T> table_;
   const int num_stats_;
   const int64_t num_pairs_, num_instances_, num_blocks_, num_spans_;
-  std::vector<rows::Row> main_rows_, blob_rows_;
+  std::vector<rows::Row> main_rows_, blob_rows_, empty_rows_;
   bool counts_others_;
   uint32_t main_reads_, blob_reads_, negative_reads_, others_read_;  // bits of stats
   double main_scale_ = 0, blob_scale_ = 0;

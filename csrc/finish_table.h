@@ -62,6 +62,12 @@ class Table {
     return instances;
   }
 
+  void load_count_of_bit(const Run& run, int bit, double* __restrict to) const {
+    const int64_t* __restrict counts = counts_ + cell(run) + bit;
+    for (int i = 0; i < run.size; ++i) to[i] = to_double(counts[2 * i]);
+    pad(run, to);
+  }
+
   void load_counts(const Run& run, double* __restrict to) const {
     const int64_t* __restrict counts = counts_ + cell(run);
     if (bits_ == 1) {
@@ -93,17 +99,14 @@ class Table {
     pad(run, to);
   }
 
-  // Writes x + constant[bit][stat] into a table like that of the sums.
-  void store(const Run& run, int stat, const double* __restrict x, const double (*constant)[kStats], T* table) const {
+  // Writes x + constant into a table like that of the sums.
+  void store_bit(const Run& run, int stat, int bit, const double* __restrict x, double constant, T* table) const {
     const int64_t step = bits_ * features_;
-    for (int bit = 2 - bits_; bit < 2; ++bit) {
-      const double c = constant[bit][stat];
-      T* __restrict to = table + index(run, stat, bit);
-      if (step == 1) {
-        for (int i = 0; i < run.size; ++i) to[i] = static_cast<T>(x[i] + c);
-      } else {
-        for (int i = 0; i < run.size; ++i) to[i * step] = static_cast<T>(x[i] + c);
-      }
+    T* __restrict to = table + index(run, stat, bit);
+    if (step == 1) {
+      for (int i = 0; i < run.size; ++i) to[i] = static_cast<T>(x[i] + constant);
+    } else {
+      for (int i = 0; i < run.size; ++i) to[i * step] = static_cast<T>(x[i] + constant);
     }
   }
 

@@ -41,20 +41,26 @@ def save(path, arrays):
 
 
 def expected(logits, label, ids):
-    """Losses per lesion and every voxel's gradient of the Dice loss and of the blob term, in closed form and fp64."""
+    """Losses per lesion and every voxel's gradient of Dice, the blob term and the zones' term: closed forms in fp64."""
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
     slope = p * (1 - p)
     overlap, size = (p * label).sum(), p.sum() + label.sum() + SMOOTH
     of_dice = slope * ((2 * overlap + SMOOTH) / size**2 - 2 * label / size)
     present = np.unique(ids[ids > 0])
-    losses, of_blob = [], np.zeros_like(p)
+    losses, of_blob, of_cc = [], np.zeros_like(p), np.zeros_like(p)
+    distances = np.stack([ndimage.distance_transform_edt(ids != k) for k in present])
+    nearest = present[distances.argmin(0)]  # the first of those that are as near
     for k in present:
         blob, domain = ids == k, (ids == k) | (ids == 0)
         top, size = 2 * p[blob].sum() + SMOOTH, p[domain].sum() + blob.sum() + SMOOTH
         losses.append(1 - top / size)
         of_blob += domain * slope * (top / size**2 - 2 * blob / size) / len(present)
+        zone = nearest == k
+        top, size = 2 * p[blob].sum() + SMOOTH, p[zone].sum() + blob.sum() + SMOOTH
+        of_cc += zone * slope * (top / size**2 - 2 * blob / size) / len(present)
     dice = 1 - (2 * overlap + SMOOTH) / (p.sum() + label.sum() + SMOOTH)
-    return present, np.array(losses), dice, {"dice": of_dice, "blob": of_blob, "both": of_dice + of_blob}
+    gradients = {"dice": of_dice, "blob": of_blob, "cc": of_cc, "both": of_dice + of_blob}
+    return present, np.array(losses), dice, gradients
 
 
 def shares_of(gradient, ids, present):
@@ -66,11 +72,11 @@ def as_batch(array, dtype):
 
 
 def table_rows(output):
-    """Cells of the rows that carry a ratio: lesion, voxels, [loss,] Dice share, blob share, ratio."""
+    """Cells of the rows that end in three shares: lesion, voxels, [loss,] Dice share, blob share, CC share."""
     rows = {}
     for line in output.splitlines():
-        if " x " in line and line.rstrip()[-1].isdigit() and "voxels" not in line:
-            cells = line.replace(" %", "%").replace("x ", "x").split()
+        cells = line.replace(" %", "%").split()
+        if len(cells) > 4 and all(cell.endswith("%") for cell in cells[-3:]):
             rows[" ".join(cells[: -4 if cells[0] == "background" else -5])] = cells[-5:]
     return rows
 
@@ -123,17 +129,16 @@ def test_table_and_picture_of_a_3d_crop(tmp_path, capsys):
     assert f"{len(present)} lesions" in output
     assert f"Dice loss {dice:.3f}" in output
     assert "a stand-in, not a network" in output and "agree" in output
-    of_dice, of_blob = (shares_of(gradients[name], ids, present) for name in ("dice", "blob"))
+    of_dice, of_blob, of_cc = (shares_of(gradients[name], ids, present) for name in ("dice", "blob", "cc"))
     rows = table_rows(output)
     assert set(rows) == {"background", *(str(k) for k in present)}
     for i, k in enumerate(present):
-        voxels, loss, dice_share, blob_share, ratio = rows[str(k)]
+        voxels, loss, dice_share, blob_share, cc_share = rows[str(k)]
         assert int(voxels.replace(",", "")) == (ids == k).sum()
         assert float(loss) == pytest.approx(losses[i], abs=6e-4)
-        for cell, share in ((dice_share, of_dice[i]), (blob_share, of_blob[i])):
+        for cell, share in ((dice_share, of_dice[i]), (blob_share, of_blob[i]), (cc_share, of_cc[i])):
             if not cell.startswith("<"):
                 assert parsed(cell) == pytest.approx(share, rel=6e-3)
-        assert float(ratio.lstrip("x")) == pytest.approx(of_blob[i] / of_dice[i], rel=6e-3)
     assert parsed(rows["background"][-3]) == pytest.approx(1 - of_dice.sum(), rel=6e-3)
     for name in ("literal loop", "plain Dice loss", "BlobLoss()"):
         line = next(

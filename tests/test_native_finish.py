@@ -39,6 +39,7 @@ def spec_of(main: Criterion, blob: Criterion, reduction: str = "mean", masking: 
         gamma=blob.gamma or main.gamma or 0.0,
         main_rows=main.rows,
         blob_rows=blob.rows,
+        empty_rows=options.get("empty_rows", ()),
         main_weight=1.0 if terms else 0.7,
         blob_weight=1.0 if terms else 1.3,
         masking=masking,

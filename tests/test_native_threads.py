@@ -43,7 +43,7 @@ def make(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def compute(logits: Tensor, ids: Tensor, target: Tensor) -> list[bytes]:
     """Call every function of the library; return the bits of all that comes back."""
     rows = (criteria.dice() + criteria.bce()).rows
-    spec = LossSpec("sigmoid", 2.0, rows, rows, 0.5, 2.0, "none", "class", "terms")
+    spec = LossSpec("sigmoid", 2.0, rows, rows, (), 0.5, 2.0, "none", "class", "terms")
     features = features_of(rows)
     options = (features, "sigmoid", 2.0, "class")
     most = native.largest(ids)

@@ -214,7 +214,7 @@ def test_weights_are_exact_fractions() -> None:
     for _ in range(300):
         spacing = tuple(float(value) for value in np.round(rng.uniform(0.01, 9, 3), rng.integers(1, 5)))
         shape = tuple(rng.integers(1, 200, 3).tolist())
-        assert labelling._weights(spacing, shape) == weights_of(spacing, shape)
+        assert labelling.squared_spacings(spacing, shape) == weights_of(spacing, shape)
 
 
 def test_rounded_weights() -> None:
@@ -223,7 +223,7 @@ def test_rounded_weights() -> None:
     for _ in range(300):
         spacing = tuple(rng.uniform(0.1, 3, 3).tolist())
         shape = tuple(rng.integers(2, 600, 3).tolist())
-        weights, exact = labelling._weights(spacing, shape), [Fraction(repr(value)) ** 2 for value in spacing]
+        weights, exact = labelling.squared_spacings(spacing, shape), [Fraction(repr(value)) ** 2 for value in spacing]
         assert tuple(weights) == zones.checked_weights(weights, shape)
         assert sum(w * (n - 1) ** 2 for w, n in zip(weights, shape, strict=True)) > 2**62 - 2**21
         diagonal = sum(square * (n - 1) ** 2 for square, n in zip(exact, shape, strict=True))
@@ -233,8 +233,8 @@ def test_rounded_weights() -> None:
 
 
 def test_an_axis_of_one_voxel_has_no_spacing() -> None:
-    assert labelling._weights((0.123456789012345, 1e300, 0.123456789012345), (30, 1, 30)) == [1, 1, 1]
-    assert labelling._weights((1e-300, 1e300), (1, 1)) == [1, 1]
+    assert labelling.squared_spacings((0.123456789012345, 1e300, 0.123456789012345), (30, 1, 30)) == [1, 1, 1]
+    assert labelling.squared_spacings((1e-300, 1e300), (1, 1)) == [1, 1]
 
 
 @both_backends

@@ -37,7 +37,7 @@ def loss_and_grad(loss, logits, *labels, **keywords):
 def operator_options(reduction="mean", activation="sigmoid", channel0="class", masking="none"):
     options = Options(criteria.dice() + criteria.focal(1.5)).checked()
     rows = options.criterion.text
-    return (1.0, 2.0, "|".join((activation, masking, channel0, reduction, rows, rows)))
+    return (1.0, 2.0, "|".join((activation, masking, channel0, reduction, rows, rows, "")))
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
@@ -56,12 +56,13 @@ def test_opcheck_segment_stats(activation):
 def test_opcheck_blob_loss(reduction, with_target):
     logits, ids = volume()
     target = (ids > 1).float() if with_target else None
+    weights = torch.rand(*logits.shape[:2], 6) if with_target else None
     options = operator_options(reduction)
     torch.library.opcheck(
-        torch.ops.blobloss_fast.blob_loss.default, (logits.requires_grad_(), ids, target, 6, *options)
+        torch.ops.blobloss_fast.blob_loss.default, (logits.requires_grad_(), ids, target, weights, 6, *options)
     )
-    loss, counts, sums = torch.ops.blobloss_fast.blob_loss(logits.detach(), ids, target, 6, *options)
-    backward = (torch.ones_like(loss), logits.detach(), ids, target, counts, sums, *options)
+    loss, counts, sums = torch.ops.blobloss_fast.blob_loss(logits.detach(), ids, target, weights, 6, *options)
+    backward = (torch.ones_like(loss), logits.detach(), ids, target, weights, counts, sums, *options)
     torch.library.opcheck(torch.ops.blobloss_fast.blob_loss_backward.default, backward)
 
 

@@ -3,6 +3,10 @@
 Everything here works on the small table ``[B, C, K]``, never on the volume. With a target the table's cells are
 ``2 * id + bit``: the blob term reads a cell by its id, the main term by its bit. Without one, the bit is ``id > 0``.
 
+The blob term is a weighted mean over domains, each with a positive and a negative side. The domain of an instance is
+its voxels against the background, or, where the ids are zones, the two bits of its zone. Domain 0 has the background
+alone: it stands for the instances of a (sample, class) that has none, if there are rows for that.
+
 Value and gradient are algebra on the same ratios. Where the loss is one number, of all or of every (sample, class),
 both are computed at once, and the backward pass only scales what was saved. The gradient of "terms" and "instances",
 several numbers out of one table, has to wait for the weights of these.
@@ -16,9 +20,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import COUNT, ROW_HEAD, features_of, row_terms, rows_from_text, rows_of
+from .layout import COUNT, ROW_HEAD, ZONES, features_of, row_terms, rows_from_text, rows_of
 
 Stats = dict[str, Tensor]
 Terms = dict[tuple[str, str], float]  # as in layout.row_terms
@@ -31,9 +36,10 @@ class LossSpec(NamedTuple):
     gamma: float
     main_rows: tuple[float, ...]
     blob_rows: tuple[float, ...]
+    empty_rows: tuple[float, ...]  # of domains without a positive voxel; none: the blob rows, and no domain 0
     main_weight: float
     blob_weight: float
-    masking: str
+    masking: str  # or layout.ZONES
     channel0: str
     reduction: str
 
@@ -45,21 +51,23 @@ def decode(main_weight: float, blob_weight: float, options: str) -> tuple[LossSp
     Args:
         main_weight: of the main term.
         blob_weight: of the blob term.
-        options: activation, masking, channel0, reduction, main and blob rows (``layout.rows_as_text``), joined by "|".
+        options: activation, masking, channel0, reduction, and main, blob and empty rows (``layout.rows_as_text``),
+            joined by "|".
     """
-    activation, masking, channel0, reduction, *rows = options.split("|")
-    (gamma, main_rows), (other_gamma, blob_rows) = map(rows_from_text, rows)
+    activation, masking, channel0, reduction, *texts = options.split("|")
+    (gamma, main), (other_gamma, blob), (_, empty) = map(rows_from_text, texts)
     spec = LossSpec(
-        activation, gamma or other_gamma, main_rows, blob_rows, main_weight, blob_weight, masking, channel0, reduction
+        activation, gamma or other_gamma, main, blob, empty, main_weight, blob_weight, masking, channel0, reduction
     )
-    return spec, features_of(main_rows, blob_rows)
+    return spec, features_of(main, blob, empty)
 
 
-class _Table(NamedTuple):
-    background: Stats  # [B, C, 1]
-    blobs: Stats  # [B, C, N]
-    main_pos: Stats  # [B, C, 1]
-    main_neg: Stats  # [B, C, 1]
+class _Domains(NamedTuple):
+    """The domains of the blob term, ``[B, C, N + 1]``; a negative side that all share is ``[B, C, 1]``."""
+
+    pos: Stats
+    neg: Stats
+    exist: Tensor
 
 
 class _Ratio(NamedTuple):
@@ -70,6 +78,8 @@ class _Ratio(NamedTuple):
     below: Terms
     divisor: Tensor
     value: Tensor
+    slope_above: float
+    slope_below: float
 
 
 class _Criterion(NamedTuple):
@@ -82,15 +92,26 @@ class _Criterion(NamedTuple):
 
 class _Loss(NamedTuple):
     main: _Criterion  # [B, C, 1]
-    blob: _Criterion  # [B, C, N]
+    blob: list[_Criterion]  # [B, C, N + 1]; valid on different domains
     main_scale: float  # of every value in the reduced loss
-    blob_scale: Tensor  # likewise, [B, C, 1]
+    blob_scale: Tensor  # likewise, [B, C, N + 1]
+
+    def blob_value(self) -> Tensor:
+        return functools.reduce(Tensor.add, (criterion.value for criterion in self.blob))
 
 
 def finish(
-    counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
+    counts: Tensor,
+    sums: Tensor,
+    features: tuple[str, ...],
+    has_target: bool,
+    spec: LossSpec,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reduce the table to the loss.
+
+    Args:
+        weights: of the instances, ``[B, C, N]``, at least 0; None: all alike.
 
     Returns:
         The value: a scalar for the reductions "mean" and "sum", ``[B, C]`` for "none", the two unweighted terms ``[2]``
@@ -98,11 +119,11 @@ def finish(
         What ``finish_backward`` needs, ``[B, C, K, F]``: the gradient with respect to the sums; for "terms" and
         "instances" the sums.
     """
-    loss = _evaluate(counts, sums, features, has_target, spec)
+    loss = _evaluate(counts, sums, features, has_target, spec, weights)
     if spec.reduction == "instances":
-        return loss.blob.value, sums
+        return loss.blob_value()[:, :, 1:].contiguous(), sums
     main = loss.main_scale * loss.main.value.squeeze(2)
-    blob = (loss.blob_scale * loss.blob.value.sum(2, keepdim=True)).squeeze(2)
+    blob = (loss.blob_scale * loss.blob_value()).sum(2)
     if spec.reduction == "terms":
         return torch.stack([main.sum(), blob.sum()]), sums
     value = main + blob
@@ -111,76 +132,111 @@ def finish(
 
 
 def finish_backward(
-    grad: Tensor, counts: Tensor, saved: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
+    grad: Tensor,
+    counts: Tensor,
+    saved: Tensor,
+    features: tuple[str, ...],
+    has_target: bool,
+    spec: LossSpec,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient with respect to the sums, ``[B, C, K, F]``, given that with respect to the value."""
     if spec.reduction not in ("terms", "instances"):
         return saved * grad[..., None, None]
-    loss = _evaluate(counts, saved, features, has_target, spec)
+    loss = _evaluate(counts, saved, features, has_target, spec, weights)
     if spec.reduction == "instances":
-        return _gradient(loss, 0.0, grad, saved, features, has_target, spec)
+        return _gradient(loss, 0.0, F.pad(grad, (1, 0)), saved, features, has_target, spec)
     main, blob = loss.main_scale * grad[0], loss.blob_scale * grad[1]
     return _gradient(loss, main, blob, saved, features, has_target, spec)
 
 
 def blob_counts(counts: Tensor, has_target: bool) -> Tensor:
-    """Return the number of voxels of every instance, int64 ``[B, C, N]``."""
+    """Return the number of voxels of every instance, int64 ``[B, C, N]``; of zones, of the whole zone."""
     return (counts.unflatten(2, (-1, 2)).sum(3) if has_target else counts)[:, :, 1:]
 
 
-def _split(counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool) -> _Table:
-    dtype = sums.dtype
+def _evaluate(
+    counts: Tensor,
+    sums: Tensor,
+    features: tuple[str, ...],
+    has_target: bool,
+    spec: LossSpec,
+    weights: Tensor | None,
+) -> _Loss:
     columns = {COUNT: counts} | {name: sums[..., j] for j, name in enumerate(features)}
-    parts: tuple[Stats, Stats, Stats, Stats] = ({}, {}, {}, {})
-    for name, column in columns.items():
-        if has_target:
-            by_bit = column.unflatten(2, (-1, 2))
-            by_id = by_bit.sum(3)
-            neg, pos = by_bit.sum(2).split(1, 2)
-        else:
-            by_id = column
-            neg, pos = column[:, :, :1], column[:, :, 1:].sum(2, keepdim=True)
-        for part, stat in zip(parts, (by_id[:, :, :1], by_id[:, :, 1:], pos, neg), strict=True):
-            part[name] = stat.to(dtype)
-    return _Table(*parts)
+    table = {name: column.unflatten(2, (-1, 1 + has_target)).to(sums.dtype) for name, column in columns.items()}
+    main_pos, main_neg = _sides_of_main(table, has_target)
+    inhabited = main_pos[COUNT] + main_neg[COUNT] > 0
+    domains = _zones(table) if spec.masking == ZONES else _blobs(table, spec)
+    parts = [(spec.blob_rows, domains.exist)]
+    if spec.empty_rows:
+        positive = domains.pos[COUNT] > 0
+        parts = [(spec.blob_rows, domains.exist & positive), (spec.empty_rows, domains.exist & ~positive)]
 
-
-def _evaluate(counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec) -> _Loss:
-    table = _split(counts, sums, features, has_target)
-    exists = table.blobs[COUNT] > 0
-    inhabited = table.main_pos[COUNT] + table.main_neg[COUNT] > 0
-    num_blobs = exists.sum(2, keepdim=True, dtype=sums.dtype)
-    main_scale, blob_scale = spec.main_weight, spec.blob_weight / num_blobs.clamp_min(1)
+    share = domains.exist.to(sums.dtype)
+    if weights is not None:
+        share *= F.pad(weights.to(sums.dtype), (1, 0), value=1.0)
+    total = share.sum(2, keepdim=True)
+    main_scale, blob_scale = spec.main_weight, spec.blob_weight * share / total.masked_fill(total == 0, 1.0)
     if spec.reduction not in ("none", "sum"):
         batch, channels = counts.shape[:2]
         main_scale /= batch * (channels - (spec.channel0 == "unused"))
-        blob_scale /= (num_blobs > 0).sum(dtype=sums.dtype).clamp_min(1)
+        blob_scale /= (total > 0).sum(dtype=sums.dtype).clamp_min(1)
     return _Loss(
-        _criterion(spec.main_rows, table.main_pos, table.main_neg, inhabited),
-        _criterion(spec.blob_rows, table.blobs, _masked(table, spec), exists),
+        _criterion(spec.main_rows, main_pos, main_neg, inhabited),
+        [_criterion(rows, domains.pos, domains.neg, valid) for rows, valid in parts],
         main_scale,
         blob_scale,
     )
 
 
-def _masked(table: _Table, spec: LossSpec) -> Stats:
-    """Return the negative side of every blob's domain: the background, and the other blobs as the masking has them."""
-    negative = dict(table.background)
-    if spec.masking == "exclude":
-        return negative
-    others = {
-        name: _sum_of_others(stat) for name, stat in table.blobs.items() if spec.masking == "none" or name == COUNT
+def _sides_of_main(table: Stats, has_target: bool) -> tuple[Stats, Stats]:
+    """Return the positive and the negative side of the main term, ``[B, C, 1]``."""
+    if has_target:
+        return {name: stat[..., 1].sum(2, keepdim=True) for name, stat in table.items()}, {
+            name: stat[..., 0].sum(2, keepdim=True) for name, stat in table.items()
+        }
+    return {name: stat[:, :, 1:, 0].sum(2, keepdim=True) for name, stat in table.items()}, {
+        name: stat[:, :, :1, 0] for name, stat in table.items()
     }
+
+
+def _zones(table: Stats) -> _Domains:
+    """Return the two bits of every zone. What lies in no zone (class 0 of a softmax) is in no domain either."""
+    pos, neg = ({name: stat[..., bit] for name, stat in table.items()} for bit in (1, 0))
+    exist = pos[COUNT] + neg[COUNT] > 0
+    exist[:, :, 0] = False
+    return _Domains(pos, neg, exist)
+
+
+def _blobs(table: Stats, spec: LossSpec) -> _Domains:
+    """Return every blob against the background, and the other blobs as the masking has them."""
+    by_id = {name: stat.sum(3) for name, stat in table.items()}
+    background = {name: stat[:, :, :1] for name, stat in by_id.items()}
+    pos = {name: F.pad(stat[:, :, 1:], (1, 0)) for name, stat in by_id.items()}
+    exist = pos[COUNT] > 0
+    if spec.empty_rows:
+        exist[:, :, 0] = ~exist.any(2) & (background[COUNT].squeeze(2) > 0)
+        if spec.channel0 != "class":
+            exist[:, 0, 0] = False
+    return _Domains(pos, _masked(background, pos, spec), exist)
+
+
+def _masked(background: Stats, blobs: Stats, spec: LossSpec) -> Stats:
+    """Return the negative side of every blob's domain."""
+    if spec.masking == "exclude":
+        return background
+    others = {name: _sum_of_others(stat) for name, stat in blobs.items() if spec.masking == "none" or name == COUNT}
     if spec.masking == "zero_logit":
-        prob = {"sigmoid": 0.5, "softmax": 1 / table.background[COUNT].shape[1], "none": 0.0}[spec.activation]
+        prob = {"sigmoid": 0.5, "softmax": 1 / background[COUNT].shape[1], "none": 0.0}[spec.activation]
         nll = -math.log1p(-prob)
         at_zero = {"prob": prob, "prob_sq": prob * prob, "nll_neg": nll, "focal_neg": prob**spec.gamma * nll}
-        others |= {name: value * others[COUNT] for name, value in at_zero.items() if name in negative}
-    return negative | {name: negative[name] + stat for name, stat in others.items()}
+        others |= {name: value * others[COUNT] for name, value in at_zero.items() if name in background}
+    return background | {name: background[name] + stat for name, stat in others.items()}
 
 
 def _sum_of_others(stat: Tensor) -> Tensor:
-    """Return, for every blob, the sum over all the others: never by a difference, which a giant blob would spoil."""
+    """Return, for every domain, the sum over all the others: never by a difference, which a giant blob would spoil."""
     zero = stat.new_zeros(*stat.shape[:2], 1)
     before = torch.cat([zero, stat.cumsum(2)], 2)[:, :, :-1]
     after = torch.cat([stat.flip(2).cumsum(2).flip(2), zero], 2)[:, :, 1:]
@@ -199,12 +255,12 @@ def _criterion(rows: Sequence[float], pos: Stats, neg: Stats, valid: Tensor) -> 
     value = torch.zeros_like(pos[COUNT])
     ratios = []
     for row in rows_of(rows):
-        weight, offset, numerator, denominator = row[:ROW_HEAD]
+        weight, offset, numerator, denominator, *slopes = row[:ROW_HEAD]
         above, below = row_terms(row)
         divisor = affine(below, denominator)
         ratio = affine(above, numerator) / divisor
         value += weight * (offset + ratio)
-        ratios.append(_Ratio(weight, above, below, divisor, ratio))
+        ratios.append(_Ratio(weight, above, below, divisor, ratio, *slopes))
     return _Criterion(ratios, valid, value.masked_fill_(~valid, 0.0))
 
 
@@ -218,38 +274,45 @@ def _gradient(
     spec: LossSpec,
 ) -> Tensor:
     """Return the gradient with respect to the sums, given that with respect to the value of every domain."""
-    d_pos, d_neg = _slopes(loss.blob, grad_blob)
-    d_main_pos, d_main_neg = _slopes(loss.main, grad_main)
     grad_sums = torch.zeros_like(sums)
     by_id = grad_sums.unflatten(2, (-1, 1 + has_target))  # [B, C, N + 1, bits, F]
-    background, blobs = by_id[:, :, :1], by_id[:, :, 1:]
+    d_pos, d_neg = _slopes([loss.main], grad_main)
     main_neg, main_pos = (
         (by_id[:, :, :, 0], by_id[:, :, :, 1]) if has_target else (by_id[:, :, :1, 0], by_id[:, :, 1:, 0])
     )
-    for j, name in enumerate(features):
-        if name in d_neg:
-            background[..., j] += d_neg[name].sum(2, keepdim=True).unsqueeze(3)
-            if spec.masking == "none":
-                blobs[..., j] += _sum_of_others(d_neg[name]).unsqueeze(3)
-        if name in d_pos:
-            blobs[..., j] += d_pos[name].unsqueeze(3)
-        if name in d_main_pos:
-            main_pos[..., j] += d_main_pos[name]
-        if name in d_main_neg:
-            main_neg[..., j] += d_main_neg[name]
+    _add(main_pos, d_pos, features)
+    _add(main_neg, d_neg, features)
+    d_pos, d_neg = _slopes(loss.blob, grad_blob)
+    if spec.masking == ZONES:
+        _add(by_id[:, :, :, 1], d_pos, features)
+        _add(by_id[:, :, :, 0], d_neg, features)
+    else:
+        by_bit = by_id.movedim(3, 0)  # a blob is both bits
+        _add(by_bit[:, :, :, 1:], {name: slope[:, :, 1:] for name, slope in d_pos.items()}, features)
+        _add(by_bit[:, :, :, :1], {name: slope.sum(2, keepdim=True) for name, slope in d_neg.items()}, features)
+        if spec.masking == "none":
+            others = {name: _sum_of_others(slope)[:, :, 1:] for name, slope in d_neg.items()}
+            _add(by_bit[:, :, :, 1:], others, features)
     # Invalid labels have turned every sum NaN; a gradient scaler looks at gradients, and not every slope reads a sum.
     return grad_sums.masked_fill_(sums.isnan().all(), math.nan) if sums.numel() else grad_sums
 
 
-def _slopes(criterion: _Criterion, grad: Tensor | float) -> tuple[Stats, Stats]:
-    """Return ``grad`` times the derivative of the value with respect to the positive and the negative sums."""
+def _add(grad_sums: Tensor, slopes: Stats, features: tuple[str, ...]) -> None:
+    for name, slope in slopes.items():
+        grad_sums[..., features.index(name)] += slope
+
+
+def _slopes(criteria: Sequence[_Criterion], grad: Tensor | float) -> tuple[Stats, Stats]:
+    """Return ``grad`` times the derivative of the values with respect to the positive and the negative sums."""
     slopes: dict[str, Stats] = {"pos": {}, "neg": {}}
-    for weight, above, below, divisor, ratio in criterion.ratios:
-        scale = weight * grad / divisor
-        for side, stat in above.keys() | below.keys():
-            if stat == COUNT:
-                continue
-            a, b = above.get((side, stat), 0.0), below.get((side, stat), 0.0)
-            slope = (a - b * ratio if b else a) * scale  # b = 0: the ratio may be infinite
-            slopes[side][stat] = slopes[side].get(stat, 0.0) + torch.where(criterion.valid, slope, 0.0)
+    for criterion in criteria:
+        for weight, above, below, divisor, ratio, slope_above, slope_below in criterion.ratios:
+            scale = weight * grad / divisor
+            for side, stat in above.keys() | below.keys():
+                if stat == COUNT:
+                    continue
+                a = slope_above * above.get((side, stat), 0.0)
+                b = slope_below * below.get((side, stat), 0.0)
+                slope = (a - b * ratio if b else a) * scale  # b = 0: the ratio may be infinite
+                slopes[side][stat] = slopes[side].get(stat, 0.0) + torch.where(criterion.valid, slope, 0.0)
     return slopes["pos"], slopes["neg"]

@@ -6,7 +6,9 @@ the negative voxels of a domain::
 
     value = offset + (n_0 + sum_j n_j * stat_j) / (d_0 + sum_j d_j * stat_j)
 
-and is stored as ``ROW_SIZE`` floats: weight, offset, n_0, d_0, then n_j for every column, then d_j for every column.
+and is stored as ``ROW_SIZE`` floats: weight, offset, n_0, d_0, two factors of the slopes, then n_j for every column,
+then d_j for every column. The factors multiply the derivative of the numerator and of the denominator: they are 1, and
+something else where a loss stops the gradient (``criteria.false_positives``).
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from collections.abc import Sequence
 FEATURES = ("prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg")
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 MASKINGS = ("exclude", "zero_prob", "zero_logit", "none")
+ZONES = "zones"  # in place of a masking: the domain of an instance is its zone
 CONNECTIVITIES = {1: (26,), 2: (4, 8, 26), 3: (6, 18, 26)}  # by the number of spatial axes; 26: all neighbours
 CHANNEL0 = ("class", "background", "unused")
 
 COUNT = "count"
 SIDES = ("pos", "neg")
 COLUMNS = tuple((side, stat) for side in SIDES for stat in (COUNT, *FEATURES))
-ROW_HEAD = 4
+ROW_HEAD = 6
 ROW_SIZE = ROW_HEAD + 2 * len(COLUMNS)
 
 # What every backend says about values that only a pass over the volume can find.

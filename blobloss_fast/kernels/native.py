@@ -248,6 +248,7 @@ def blob_loss(
     logits: Tensor,
     instances: Tensor,
     target: Tensor | None,
+    weights: Tensor | None,
     num_cells: int,
     features: tuple[str, ...],
     spec: LossSpec,
@@ -261,7 +262,10 @@ def blob_loss(
     counts, sums = _empty_table(logits, num_cells, features)
     value = _empty_value(sums, target is not None, spec)
     gradient = None if spec.reduction in _WITHOUT_GRADIENT else sums  # which it replaces
-    arguments = structs.finish(_threads(), counts, sums, None, value, gradient, features, target is not None, spec)
+    weights = _as_sums(weights, sums)
+    arguments = structs.finish(
+        _threads(), counts, sums, None, value, gradient, features, target is not None, spec, weights
+    )
     status = _library().loss(problem, counts.data_ptr(), sums.data_ptr(), arguments)
     if status:
         _raise(status)
@@ -273,6 +277,7 @@ def blob_loss_backward(
     logits: Tensor,
     instances: Tensor,
     target: Tensor | None,
+    weights: Tensor | None,
     counts: Tensor,
     saved: Tensor,
     features: tuple[str, ...],
@@ -281,18 +286,23 @@ def blob_loss_backward(
     """Return the gradient of ``blob_loss`` with respect to the logits, contiguous."""
     scales: Tensor | None = grad
     if spec.reduction in _WITHOUT_GRADIENT:
-        saved, scales = finish_backward(grad, counts, saved, features, target is not None, spec), None
+        saved, scales = finish_backward(grad, counts, saved, features, target is not None, spec, weights), None
     return _gradient(saved, scales, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0)
 
 
 def finish(
-    counts: Tensor, sums: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
+    counts: Tensor,
+    sums: Tensor,
+    features: tuple[str, ...],
+    has_target: bool,
+    spec: LossSpec,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reduce the table to the loss; see ``finish.finish``."""
     counts, sums = counts.contiguous(), sums.contiguous()
     value = _empty_value(sums, has_target, spec)
     gradient = None if spec.reduction in _WITHOUT_GRADIENT else torch.empty_like(sums)
-    _finish(counts, sums, None, value, gradient, features, has_target, spec)
+    _finish(counts, sums, None, value, gradient, features, has_target, spec, _as_sums(weights, sums))
     return value, sums if gradient is None else gradient
 
 
@@ -303,15 +313,25 @@ def _empty_value(sums: Tensor, has_target: bool, spec: LossSpec) -> Tensor:
     return sums.new_empty({"none": (batch, channels), "terms": (2,)}.get(spec.reduction, ()))
 
 
+def _as_sums(tensor: Tensor | None, sums: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(sums.dtype).contiguous()
+
+
 def finish_backward(
-    grad: Tensor, counts: Tensor, saved: Tensor, features: tuple[str, ...], has_target: bool, spec: LossSpec
+    grad: Tensor,
+    counts: Tensor,
+    saved: Tensor,
+    features: tuple[str, ...],
+    has_target: bool,
+    spec: LossSpec,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of ``finish`` with respect to the sums; see ``finish.finish_backward``."""
     if spec.reduction not in _WITHOUT_GRADIENT:
         return saved * (grad[:, :, None, None] if spec.reduction == "none" else grad)
     counts, saved, grad = counts.contiguous(), saved.contiguous(), grad.to(saved.dtype).contiguous()
     grad_sums = torch.empty_like(saved)
-    _finish(counts, saved, grad, None, grad_sums, features, has_target, spec)
+    _finish(counts, saved, grad, None, grad_sums, features, has_target, spec, _as_sums(weights, saved))
     return grad_sums
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .finish import LossSpec
-from .layout import ACTIVATIONS, CHANNEL0, FEATURES, MASKINGS, ROW_SIZE
+from .layout import ACTIVATIONS, CHANNEL0, FEATURES, MASKINGS, ROW_SIZE, ZONES
 from .rows import rows
 
 Threads = tuple[int, int]  # how many, and the address of a parallel_for, or 0
@@ -31,7 +31,7 @@ VOLUME = struct.Struct("@Pqqii")
 OPTIONS = struct.Struct("@diii6i4x")
 THREADS = struct.Struct("@qP")
 PROBLEM = struct.Struct(f"@{3 * 'Pqqii'}qqqq{OPTIONS.size}sqP")
-FINISH = struct.Struct("@7P5q3d13i4xqP")
+FINISH = struct.Struct("@9P6q3d13i4xqP")
 _NO_VOLUME = (0, 0, 0, 0, 0)
 
 
@@ -101,19 +101,22 @@ def finish(
     features: tuple[str, ...],
     has_target: bool,
     spec: LossSpec,
+    weights: Tensor | None = None,
 ) -> bytes:
     """Return a bl_finish: keep the tensors until the library is done."""
-    main_rows, blob_rows = _row_array(spec.main_rows), _row_array(spec.blob_rows)
+    instances = counts.numel() // (1 + has_target) - counts.shape[0] * counts.shape[1]
+    if weights is not None and weights.numel() != instances:
+        raise ValueError(f"weights must be [B, C, N] with {instances} elements in all; got {list(weights.shape)}")
+    rows = [_row_array(part) for part in (spec.main_rows, spec.blob_rows, spec.empty_rows)]
     return FINISH.pack(
         counts.data_ptr(),
         sums.data_ptr(),
-        main_rows.buffer_info()[0],
-        blob_rows.buffer_info()[0],
+        *[array.buffer_info()[0] for array in rows],
+        0 if weights is None else weights.data_ptr(),
         0 if grad is None else grad.data_ptr(),
         0 if value is None else value.data_ptr(),
         0 if grad_sums is None else grad_sums.data_ptr(),
-        len(main_rows) // ROW_SIZE,
-        len(blob_rows) // ROW_SIZE,
+        *[len(array) // ROW_SIZE for array in rows],
         *counts.shape,
         spec.gamma,
         spec.main_weight,
@@ -135,7 +138,7 @@ def _row_array(rows: tuple[float, ...]) -> array[float]:
 def _spec_codes(activation: str, masking: str, channel0: str, reduction: str) -> tuple[int, int, int, int]:
     return (
         ACTIVATIONS.index(activation),
-        MASKINGS.index(masking),
+        (*MASKINGS, ZONES).index(masking),
         CHANNEL0.index(channel0),
         REDUCTIONS.index(reduction),
     )
