@@ -6,6 +6,10 @@
 
 #include "nearest_lines.h"
 
+#ifndef BLOBLOSS_ISA
+#define BLOBLOSS_ISA baseline
+#endif
+
 namespace blobloss {
 namespace BLOBLOSS_ISA {
 
@@ -47,6 +51,15 @@ struct Lanes {
     low.take_smaller(other.low, place.low, here);
     high.take_smaller(other.high, place.high, here);
   }
+  // Of pairs, of which these are in front.
+  void take_smaller(Lanes& second, const Lanes& other, const Lanes& other_second) {
+    low.take_smaller(second.low, other.low, other_second.low);
+    high.take_smaller(second.high, other.high, other_second.high);
+  }
+  void take_smaller(Lanes& second, const Lanes& other, const Lanes& other_second, Lanes& place, T here) {
+    low.take_smaller(second.low, other.low, other_second.low, place.low, here);
+    high.take_smaller(second.high, other.high, other_second.high, place.high, here);
+  }
 };
 
 template <typename T, int N>
@@ -64,43 +77,51 @@ struct Lanes<T, N, true> {
     v = is_smaller ? other.v : v;
     place.v = is_smaller ? V{} + here : place.v;
   }
+  void take_smaller(Lanes& second, const Lanes& other, const Lanes& other_second) {
+    const auto is_smaller = (other.v < v) | ((other.v == v) & (other_second.v < second.v));
+    v = is_smaller ? other.v : v;
+    second.v = is_smaller ? other_second.v : second.v;
+  }
+  void take_smaller(Lanes& second, const Lanes& other, const Lanes& other_second, Lanes& place, T here) {
+    const auto is_smaller = (other.v < v) | ((other.v == v) & (other_second.v < second.v));
+    v = is_smaller ? other.v : v;
+    second.v = is_smaller ? other_second.v : second.v;
+    place.v = is_smaller ? V{} + here : place.v;
+  }
 };
 
 inline bool operator<(const WideKey& a, const WideKey& b) {
   return a.distance < b.distance || (a.distance == b.distance && a.id < b.id);
 }
 
+// Distances and ids apart: sixteen of these lie in memory as sixteen distances, then sixteen ids.
 template <int N>
 struct WideLanes {
-  WideKey keys[N];
+  Lanes<int64_t, N> distances, ids;
 
-  void load(const WideKey* from) { memcpy(keys, from, sizeof keys); }
-  void store(WideKey* to) const { memcpy(to, keys, sizeof keys); }
-  void add(int64_t x) {
-    for (WideKey& key : keys) key.distance += x;
+  void load(const WideKey* from) {
+    distances.load(reinterpret_cast<const int64_t*>(from));
+    ids.load(reinterpret_cast<const int64_t*>(from) + N);
   }
-  void take_smaller(const WideLanes& other) {
-    for (int i = 0; i < N; ++i)
-      if (other.keys[i] < keys[i]) keys[i] = other.keys[i];
+  void store(WideKey* to) const {
+    distances.store(reinterpret_cast<int64_t*>(to));
+    ids.store(reinterpret_cast<int64_t*>(to) + N);
   }
+  void add(int64_t x) { distances.add(x); }
+  void take_smaller(const WideLanes& other) { distances.take_smaller(ids, other.distances, other.ids); }
   void take_smaller(const WideLanes& other, Lanes<int64_t, N>& place, int64_t here) {
-    int64_t places[N];
-    place.store(places);
-    for (int i = 0; i < N; ++i) {
-      if (!(other.keys[i] < keys[i])) continue;
-      keys[i] = other.keys[i];
-      places[i] = here;
-    }
-    place.load(places);
+    distances.take_smaller(ids, other.distances, other.ids, place, here);
   }
 };
 
-// A kind of key: what is added to it, how it is made from an id and read.
+// A kind of key: what is added to it, how it is made from an id and read, and where a block of sixteen has it.
 struct Key32 {
   typedef int32_t Key;
   typedef int32_t Step;
   typedef Lanes<int32_t, kLanes> Block;
   static Key of(int32_t id) { return id; }
+  static Key get(const Key* block, int64_t lane) { return block[lane]; }
+  static void put(Key key, Key* block, int64_t lane) { block[lane] = key; }
   static Key plus(Key key, Step step) { return key + step; }
   static int32_t id(Key key, int32_t id_bits) {
     return static_cast<int32_t>(static_cast<uint32_t>(key) & ((1u << id_bits) - 1));
@@ -112,6 +133,8 @@ struct Key64 {
   typedef int64_t Step;
   typedef Lanes<int64_t, kLanes> Block;
   static Key of(int32_t id) { return id; }
+  static Key get(const Key* block, int64_t lane) { return block[lane]; }
+  static void put(Key key, Key* block, int64_t lane) { block[lane] = key; }
   static Key plus(Key key, Step step) { return key + step; }
   static int32_t id(Key key, int32_t id_bits) {
     return static_cast<int32_t>(static_cast<uint64_t>(key) & ((uint64_t(1) << id_bits) - 1));
@@ -123,6 +146,15 @@ struct KeyWide {
   typedef int64_t Step;
   typedef WideLanes<kLanes> Block;
   static Key of(int32_t id) { return {0, id}; }
+  static Key get(const Key* block, int64_t lane) {
+    const int64_t* const numbers = reinterpret_cast<const int64_t*>(block);
+    return {numbers[lane], numbers[kLanes + lane]};
+  }
+  static void put(Key key, Key* block, int64_t lane) {
+    int64_t* const numbers = reinterpret_cast<int64_t*>(block);
+    numbers[lane] = key.distance;
+    numbers[kLanes + lane] = key.id;
+  }
   static Key plus(Key key, Step step) { return {key.distance + step, key.id}; }
   static int32_t id(Key key, int32_t) { return static_cast<int32_t>(key.id); }
 };

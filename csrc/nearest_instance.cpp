@@ -22,7 +22,7 @@
 namespace blobloss {
 namespace {
 
-constexpr int64_t kParallelVoxels = 8192;       // about 30 us of work
+constexpr int64_t kParallelVoxels = 8192;     // about 30 us of work
 constexpr int64_t kVoxelsTogether = 1 << 20;  // whose large keys are in memory at the same time, or those of one group
 
 const Passes& passes() {
@@ -81,8 +81,14 @@ class Solver {
     if (most > INT32_MAX) return BL_TOO_LARGE;
     const int32_t id_bits = bits_of(most), bits = id_bits + bits_of(largest_distance(problem_));
     const KeyKind kind = bits < 32 ? kKey32 : bits < 64 ? kKey64 : kKeyWide;
-    ZonesPlan plan{&problem_, {},           id_bits, rows_.data(), planes_.data(), num_planes_.data(), only_id_.data(), 0,
-                   problem_.zones};
+    ZonesPlan plan{};
+    plan.problem = &problem_;
+    plan.id_bits = id_bits;
+    plan.rows = rows_.data();
+    plan.planes = planes_.data();
+    plan.num_planes = num_planes_.data();
+    plan.only_id = only_id_.data();
+    plan.keys = problem_.zones;
     for (int i = 0; i < 3; ++i) {
       const int64_t size = problem_.size[i], weight = problem_.weights[i];
       const int32_t shift = kind == kKeyWide ? 0 : id_bits;

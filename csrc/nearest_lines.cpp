@@ -11,21 +11,25 @@
 
 #include <stdlib.h>
 
-#include <memory>
-
 namespace blobloss {
 namespace BLOBLOSS_ISA {
 
-struct Free {
-  void operator()(void* p) const { free(p); }
-};
+// Memory that begins where a cache line does. Not the standard library's: of its templates the linker would keep one copy
+// for all instruction sets.
 template <typename T>
-using Buffer = std::unique_ptr<T, Free>;
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(malloc(static_cast<size_t>(count) * sizeof(T) + kLine)) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { free(memory_); }
+  bool has_memory() const { return memory_; }
+  T* get() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kLine - 1) / kLine * kLine); }
 
-template <typename T>
-static Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(malloc(static_cast<size_t>(count) * sizeof(T))));
-}
+ private:
+  static constexpr size_t kLine = 64;
+  void* const memory_;
+};
 
 // ---------------------------------------------------------------- rows of ids
 
@@ -159,14 +163,42 @@ struct Scratch {
   Buffer<int32_t> places, first, last;
 
   Scratch(int64_t n, int64_t width)
-      : sources(allocate<typename K::Key>(lanes(width) * n)),
-        found(allocate<typename K::Key>(lanes(width) * n)),
-        places(allocate<int32_t>(n)),
-        first(allocate<int32_t>(n + 1)),
-        last(allocate<int32_t>(n + 1)) {}
+      : sources(lanes(width) * n), found(lanes(width) * n), places(n), first(n + 1), last(n + 1) {}
   static int64_t lanes(int64_t width) { return width < kTile ? (width + kLanes - 1) / kLanes * kLanes : kTile; }
-  bool has_memory() const { return sources && found && places && first && last; }
+  bool has_memory() const {
+    return sources.has_memory() && found.has_memory() && places.has_memory() && first.has_memory() &&
+           last.has_memory();
+  }
 };
+
+// What follows does n voxels of a block, or all of it where there are more. Those that a block has too many are copies of
+// the last, which need no search of their own.
+template <typename K>
+static void write_block(const typename K::Key* __restrict keys, int64_t n, typename K::Key* __restrict block) {
+  if (n >= kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) K::put(keys[l], block, l);
+  } else {
+    for (int64_t l = 0; l < kLanes; ++l) K::put(keys[l < n ? l : n - 1], block, l);
+  }
+}
+
+template <typename K>
+static void read_block(const typename K::Key* __restrict block, int64_t n, typename K::Key* __restrict keys) {
+  if (n >= kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) keys[l] = K::get(block, l);
+  } else {
+    for (int64_t l = 0; l < n; ++l) keys[l] = K::get(block, l);
+  }
+}
+
+template <typename K>
+static void read_ids(const typename K::Key* __restrict block, int64_t n, int32_t id_bits, int32_t* __restrict ids) {
+  if (n >= kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) ids[l] = K::id(K::get(block, l), id_bits);
+  } else {
+    for (int64_t l = 0; l < n; ++l) ids[l] = K::id(K::get(block, l), id_bits);
+  }
+}
 
 // The smallest key for each of n voxels of sixteen lines; source j lies at places[j].
 template <typename K>
@@ -223,9 +255,7 @@ static void search_tile(const Scratch<K>& scratch, const typename K::Key* keys, 
     const typename K::Key* const row = keys + scratch.places.get()[j] * stride;
     for (int64_t x = 0; x < width; x += kLanes) {
       typename K::Key* const block = sources + (x / kLanes * count + j) * kLanes;
-      const int64_t here = width - x < kLanes ? width - x : kLanes;
-      memcpy(block, row + x, static_cast<size_t>(here) * sizeof *block);
-      for (int64_t l = here; l < kLanes; ++l) block[l] = row[width - 1];
+      write_block<K>(row + x, width - x, block);
     }
   }
   for (int64_t t = 0; t * kLanes < width; ++t)
@@ -252,9 +282,10 @@ static void search_plane(const ZonesPlan& plan, const Scratch<K>& scratch, int64
     const int64_t here = width - x < kTile ? width - x : kTile;
     search_tile<K>(scratch, keys + x, width, here, count, plan.axes[1]);
     for (int64_t y = 0; y < height; ++y)
-      for (int64_t l = 0; l < here; l += kLanes)
-        memcpy(keys + y * width + x + l, scratch.found.get() + (l / kLanes * height + y) * kLanes,
-               static_cast<size_t>(here - l < kLanes ? here - l : kLanes) * sizeof *keys);
+      for (int64_t t = 0; t * kLanes < here; ++t) {
+        const typename K::Key* const block = scratch.found.get() + (t * height + y) * kLanes;
+        read_block<K>(block, here - t * kLanes, keys + y * width + x + t * kLanes);
+      }
   }
 }
 
@@ -283,10 +314,13 @@ static void search_depth(const ZonesPlan& plan, const Scratch<K>& scratch, int64
   }
   for (int64_t z = 0; z < depth; ++z) {
     int32_t* const zones = problem.zones + group * depth * stride + z * stride + y * width + x;
-    for (int64_t t = 0; t * kLanes < here; ++t) {
-      const typename K::Key* const found = scratch.found.get() + (t * depth + z) * kLanes;
-      const int64_t lanes = here - t * kLanes < kLanes ? here - t * kLanes : kLanes;
-      for (int64_t l = 0; l < lanes; ++l) zones[t * kLanes + l] = only ? only : K::id(found[l], plan.id_bits);
+    if (only) {
+      for (int64_t l = 0; l < here; ++l) zones[l] = only;
+    } else {
+      for (int64_t t = 0; t * kLanes < here; ++t) {
+        const typename K::Key* const block = scratch.found.get() + (t * depth + z) * kLanes;
+        read_ids<K>(block, here - t * kLanes, plan.id_bits, zones + t * kLanes);
+      }
     }
     if (plan.rows[(group * depth + z) * height + y] & kHasIgnored) mark_ignored(problem, group, z, y, x, here, zones);
   }

@@ -37,19 +37,19 @@ struct ZonesPlan {
   const bl_zones* problem;
   Axis axes[3];
   int32_t id_bits;
-  const uint8_t* rows;       // RowFlags [groups, z, y]
-  const int32_t* planes;     // [groups, z]: the planes that hold an instance, in ascending order
+  const uint8_t* rows;        // RowFlags [groups, z, y]
+  const int32_t* planes;      // [groups, z]: the planes that hold an instance, in ascending order
   const int32_t* num_planes;  // [groups]
-  const int32_t* only_id;    // [groups]: the only instance that there is, or 0
-  int64_t first_group;       // of those that have their keys in memory
-  void* keys;                // [groups, z, y, x]; for 32-bit keys it is the result, which is written last
+  const int32_t* only_id;     // [groups]: the only instance that there is, or 0
+  int64_t first_group;        // of those that have their keys in memory
+  void* keys;                 // [groups, z, y, x]; for 32-bit keys it is the result, which is written last
 };
 
-// The passes do tasks [begin, end) and return what bl_status says; columns by KeyKind.
+// The passes do tasks [begin, end) and return what bl_status says.
 struct Passes {
-  // Task g * z + j looks at plane j of group g, [groups, z] and [groups, z, y].
+  // Task g * z + j looks at plane j of group g: into found [groups, z] and rows [groups, z, y].
   int32_t (*survey)(const bl_zones& problem, int64_t begin, int64_t end, PlaneSurvey* found, uint8_t* rows);
-  // Task g * z + j goes along x and y in plane j of group first_group + g.
+  // By KeyKind. Task g * z + j goes along x and y in plane j of group first_group + g.
   int32_t (*planes[kKeyKinds])(const ZonesPlan& plan, int64_t begin, int64_t end);
   // Task (g * y + i) * tiles + t goes along z in tile t of the rows i, and writes the ids.
   int32_t (*depths[kKeyKinds])(const ZonesPlan& plan, int64_t begin, int64_t end);

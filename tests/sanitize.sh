@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the native library under the sanitizers of GCC or Clang, on every instruction set of this machine: the C interface
-# through native_stress.cpp, and the Python tests of the kernels. Takes about ten minutes, and is no part of CI. It needs
-# Linux, a compiler and a Python with the `test` extra; CXX names another compiler than g++.
+# through native_stress.cpp and native_zones_stress.cpp, and the Python tests of the kernels. Takes about ten minutes, and
+# is no part of CI. It needs Linux, a compiler and a Python with the `test` extra; CXX names another compiler than g++.
 #
 #     bash tests/sanitize.sh
 #
@@ -23,13 +23,15 @@ cd "$scratch" || exit 1
 sed -i 's/"-g0"/"-g1"/' setup.py  # line numbers
 export PYTHONPATH="$scratch" PYTHONDONTWRITEBYTECODE=1
 
-# build SANITIZERS: the library with the flags of setup.py, and the driver
+# build SANITIZERS: the library with the flags of setup.py, and the drivers
 build() {
   local flags="-fsanitize=$1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
   rm -rf build
   CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="$flags" BLOBLOSS_FAST_NATIVE=1 python setup.py -q build_ext --inplace \
-    && $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc tests/native_stress.cpp blobloss_fast/_native.so \
-      -Wl,-rpath,"$scratch/blobloss_fast" -o native_stress
+    && for driver in native_stress native_zones_stress; do
+      $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc "tests/$driver.cpp" blobloss_fast/_native.so \
+        -Wl,-rpath,"$scratch/blobloss_fast" -o "$driver" || return 1
+    done
 }
 
 # say NAME COMMAND...: the last line that a command prints, or all of it if it fails
@@ -55,13 +57,17 @@ python_tests() {
   local preload="" name
   for name in asan ubsan stdc++; do preload+=" $($CXX -print-file-name="lib$name.so")"; done
   build "address,$UNDEFINED" && ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" \
-    python -m pytest -q -p no:cacheprovider -m "not slow" -k native tests/test_native*.py tests/test_segment_stats.py \
+    python -m pytest -q -p no:cacheprovider -m "not slow" -k "native and not compile" tests/test_native*.py \
+    tests/test_segment_stats.py tests/test_nearest_instance.py \
     --deselect=tests/test_native_memory.py --deselect=tests/test_native_finish.py::test_no_memory_is_an_error
 }
 
 say "address" stress address
+say "address, zones" ./native_zones_stress
 say "undefined behaviour" stress "$UNDEFINED"
+say "undefined behaviour, zones" ./native_zones_stress
 say "threads" stress thread
+say "threads, zones" ./native_zones_stress
 say "Python, address and undefined behaviour" python_tests
 
 [ "$failed" -eq 0 ] && echo PASSED || echo FAILED

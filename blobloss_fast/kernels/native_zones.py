@@ -22,9 +22,7 @@ def nearest_instance(instances: Tensor, weights: Sequence[int]) -> Tensor:
     zones = torch.empty(shape, dtype=torch.int32)
     voxels = instances[0, 0].numel()
     instances, volume = structs.volume("instances", instances, structs.INTEGERS, shape[0], shape[1], voxels)
-    arguments = ZONES.pack(
-        *volume, *shape[:2], *_three_axes(shape[2:]), *_three_axes(weights), zones.data_ptr(), *native._threads()
-    )
+    arguments = ZONES.pack(*volume, *shape[:2], *_three_axes(shape[2:], weights), zones.data_ptr(), *native._threads())
     status = native._library().nearest_instance(arguments)
     if status:
         if status & _TOO_LARGE:
@@ -33,7 +31,12 @@ def nearest_instance(instances: Tensor, weights: Sequence[int]) -> Tensor:
     return zones
 
 
-def _three_axes(sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Return sizes or weights as z, y, x: the rows of an image are planes of their own, which makes them tasks."""
-    first, *rest = sizes
-    return {0: (1, 1, first), 1: (first, 1, *rest), 2: (first, *rest)}[len(rest)]  # type: ignore[return-value]
+def _three_axes(sizes: Sequence[int], weights: Sequence[int]) -> list[int]:
+    """Return three sizes and three weights: z, y, x without axes of one voxel, whose place does not matter.
+
+    Where an image is left, its rows are planes of one row, which are tasks of their own.
+    """
+    axes = [(size, weight) for size, weight in zip(sizes, weights, strict=True) if size > 1]
+    while len(axes) < 3:
+        axes.insert(len(axes) - 1 if axes else 0, (1, 1))
+    return [size for size, _ in axes] + [weight for _, weight in axes]
