@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blobloss_fast import BlobLoss, blob_loss_instances, connected_components, criteria
+from blobloss_fast import BlobLoss, _ops, blob_loss_instances, connected_components, criteria
 from blobloss_fast.kernels import labels as kernel
+from blobloss_fast.kernels import native, native_labels
 
 from .tolerances import assert_fp64
 
@@ -26,6 +27,14 @@ SHAPES = {
     3: [(1, 1, 1), (1, 1, 19), (1, 19, 1), (19, 1, 1), (1, 9, 11), (9, 1, 11), (9, 11, 1), (7, 8, 9), (16, 17, 5)],
 }
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+@pytest.fixture(params=["native", "cc3d"], autouse=True)
+def labelling(request, monkeypatch):
+    """Run every test on the labels of the native library and on cc3d's, under the same backend of the loss."""
+    if request.param == "native" and not native.available():
+        pytest.skip(native.why_not() or "")
+    monkeypatch.setattr(_ops, "_labels_for_cpu", lambda: {"native": native_labels, "cc3d": kernel}[request.param])
 
 
 def scipy_labels(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
@@ -198,44 +207,45 @@ def test_values_that_a_rounded_or_narrower_number_would_hide():
             target[0, 0, 1, 1], target[1, 0, 2, 3] = 1, value
             for ignore in (None, 7, 0, 1):
                 with pytest.raises(ValueError, match="0 or 1"):
-                    kernel.label_target(target, 1, False, False, 26, ignore)
+                    _ops.label_target(target, 1, False, False, 26, ignore)
                 with pytest.raises(ValueError, match="class map"):
-                    kernel.label_target(target, 2, True, True, 26, ignore)
+                    _ops.label_target(target, 2, True, True, 26, ignore)
             with pytest.raises(ValueError, match="0 or 1"):
                 connected_components(target)
     assert connected_components(torch.tensor([[[-0.0, 1.0]]]))[0].tolist() == [[[0, 1]]]
 
 
-@pytest.mark.parametrize("on_host", [True, False], ids=["by NumPy", "by PyTorch"])
-def test_classes_and_ignored_values_beyond_the_dtype(on_host, monkeypatch):
+def test_classes_and_ignored_values_beyond_the_dtype(monkeypatch):
     """Neither wraps to a value that is there: 300 classes of a uint8 map, ignored values of any size."""
-    monkeypatch.setattr(kernel, "_on_host", lambda tensor: on_host)
+    monkeypatch.setattr(kernel, "_on_host", lambda tensor: False)  # for what is called directly: PyTorch compares
     channels = 300
     for dtype in (torch.uint8, torch.int16, torch.int64, torch.float32):
         drawn = torch.randint(0, 256 if dtype == torch.uint8 else channels, (1, 1, 31, 29))
         expected = labels_per_class(drawn, channels, 8)
         for ignore in (-1, 255, 256, 2**40):
-            labels = kernel.label_target(drawn.to(dtype), channels, True, True, 8, ignore)
-            assert torch.equal(labels, expected.masked_fill(drawn == ignore, -1))
+            for label_target in (_ops.label_target, kernel.label_target):
+                labels, counts = label_target(drawn.to(dtype), channels, True, True, 8, ignore)
+                assert torch.equal(labels, expected.masked_fill(drawn == ignore, -1))
+                assert torch.equal(counts, labels.clamp(min=0).amax((2, 3)).long())
 
 
 @CASES
 def test_comparisons_on_a_device(axes, connectivity, monkeypatch):
-    """What happens to a tensor of a device, here on the CPU: PyTorch compares, not NumPy, and the rest is the same."""
+    """What happens to a tensor of a device, here on the CPU: PyTorch compares, and the rest is as on the CPU."""
     shape = (2, 3, *(8, 7, 6)[:axes])
     mask, ignored = random_mask(*shape, density=0.4).long(), random_mask(*shape, density=0.2, seed=1)
     classes = (mask + mask * ignored.roll(1, -1))[:, :1]
     calls = [
-        (kernel.label_target, target.to(dtype).masked_fill(where, value), 3, class_map, class_map, connectivity, ignore)
+        ("label_target", target.to(dtype).masked_fill(where, value), 3, class_map, class_map, connectivity, ignore)
         for dtype in (torch.uint8, torch.int64, torch.float32, torch.float64)
         for target, where, class_map in ((mask, ignored, False), (classes, ignored[:, :1], True))
         for value, ignore in ((255, 255), (1, 1), (0, 0), (1, 0), (0, None))
     ]
-    calls += [(kernel.connected_components, mask.to(dtype), connectivity) for dtype in (torch.bool, torch.float32)]
-    expected = [function(*arguments) for function, *arguments in calls]
+    calls += [("connected_components", mask.to(dtype), connectivity) for dtype in (torch.bool, torch.float32)]
+    expected = [getattr(_ops, function)(*arguments) for function, *arguments in calls]
     monkeypatch.setattr(kernel, "_on_host", lambda tensor: False)
     for (function, *arguments), labels in zip(calls, expected, strict=True):
-        for a, b in zip(function(*arguments), labels, strict=True):
+        for a, b in zip(getattr(kernel, function)(*arguments), labels, strict=True):
             assert torch.equal(a, b) and a.dtype == b.dtype
 
 

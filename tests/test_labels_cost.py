@@ -31,7 +31,8 @@ def test_cc3d_sees_bytes_of_the_box_around_the_foreground(monkeypatch):
     target[1] = 0
     target[1, 0, 39, 0, 0] = 2
     for dtype in (torch.uint8, torch.int64, torch.float32):
-        found = labels.label_target(target.to(dtype), 4, True, True, 26, None)
+        found, counts = labels.label_target(target.to(dtype), 4, True, True, 26, None)
+        assert counts.tolist() == [[0, 2, 0, 0], [0, 0, 1, 0]]
         assert found.amax((2, 3, 4)).tolist() == [[0, 2, 0, 0], [0, 0, 1, 0]]
         assert found[1, 2, 39, 0, 0] == found[0, 1, 20, 11, 5] == 1 and (found[0, 1, 26:29, 16:19, 9:12] == 2).all()
     assert [volume.shape for volume in seen] == 3 * [(9, 8, 7), (1, 1, 1)]  # of a class without voxels, nothing
@@ -50,7 +51,7 @@ def test_memory_besides_the_labels(dtype, class_map, ignore):
     labels.label_target(*arguments, 26, ignore)
     tracemalloc.start()
     try:
-        found = labels.label_target(*arguments, 26, ignore)
+        found, _ = labels.label_target(*arguments, 26, ignore)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
