@@ -1,9 +1,9 @@
 // Connected components by runs: the stretches of foreground voxels along the last axis, found in rows of bits.
 //
-// Rows are cut into slabs. In each slab, on any thread: (1) read the target into bits and count the runs before each
-// word; (2) unite the runs of neighbouring rows; then (3) unite over the seams; (4) point every run to its root and count
-// roots; (5) number the roots; (6) write ids. Runs are numbered in raster order and the smallest of a component is its
-// root, so that roots are met in the order of their ids, wherever the seams are.
+// The rows are cut into slabs, which threads take: (1) read the target into bits and count the runs before each word;
+// (2) unite the runs of neighbouring rows; (3) unite over the seams; (4) point every run to its root and count roots;
+// (5) number the roots; (6) write ids. Runs are counted in raster order and the smallest of a component is its root, so
+// that the roots come in the order of their ids, wherever the seams are.
 
 #include <stdint.h>
 #include <string.h>
@@ -241,11 +241,11 @@ void Labelling::unite_rows(int64_t volume, int64_t row, int64_t end, int64_t fro
   }
 }
 
-// The rows above and behind (before along the last axis but one, and but two), those behind that are above and below.
+// Above and behind: one place earlier along the last axis but one, and but two.
 //
-// What unions that are made anyway imply is left out. None behind is: each joins voxels of two planes. Above, two voxels
-// that have both another behind them: these are joined in their own plane, or by the same argument. Aslant of two axes,
-// those with a voxel behind or beside that is a neighbour of both by one axis less.
+// Unions that others imply are left out. Above: where both voxels have one behind them, since these two are united in
+// their own plane. Behind and above or below: where a voxel of the rows between is a neighbour of both. With the row
+// behind every union is made, so that no two are left out because of each other.
 template <int kAxes>
 void Labelling::unite_row(const Bits& bits, int64_t row, int64_t from, int64_t until) const {
   const int64_t height = arguments_.height, y = row % height, words = bits.words;
@@ -289,7 +289,7 @@ void Labelling::unite_row(const Bits& bits, int64_t row, int64_t from, int64_t u
   }
 }
 
-// Points every run to its root. Threads read the parents of other slabs while these change, always to an ancestor: so it
+// Points every run to its root. Threads read the parents of other slabs while these change, always to an ancestor: it
 // does not matter which they see.
 void Labelling::flatten(int64_t volume, int64_t slab) {
   const int64_t* const firsts = first_run_.data() + volume * (slabs_ + 1);

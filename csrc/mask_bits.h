@@ -115,7 +115,7 @@ class Finder {
   uint64_t known_ = ~uint64_t{0};
 };
 
-// The same for bytes of a binary target without an ignored value, by far the most frequent: what is not 0 can only be 1.
+// The same for bytes of a binary target without an ignored value, the most frequent by far: what is not 0 must be 1.
 class BinaryBytesFinder {
  public:
   Found operator()(const void* x) {
@@ -183,8 +183,8 @@ bool read(const void* first, int64_t rows, int64_t width, const Wanted& wanted, 
 
 }  // namespace mask_bits
 
-// Reads rows that follow one another into words, each row from a word of its own; the bits beyond its end are 0. Returns
-// whether each voxel is known. `ignored` may be null.
+// Reads rows that follow one another into words, each row from a word of its own; the bits beyond its end are 0.
+// Returns whether each voxel is known. `ignored` may be null.
 using ReadRows = bool (*)(const void* first, int64_t rows, int64_t width, const Wanted& wanted, uint64_t* voxels,
                           uint64_t* ignored);
 

@@ -17,8 +17,8 @@ inline int popcount(uint64_t x) {  // the built-in one is a call where the instr
   return static_cast<int>(((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
 }
 
-// Unites two runs, after M. Rem: of two parents the larger is lowered step by step, so that a parent is never larger than
-// its child and the root is the smallest of all.
+// Unites two runs, after M. Rem: of two parents the larger is lowered step by step, so that a parent is never larger
+// than its child and the root is the smallest of all.
 inline void unite(int32_t* parents, int64_t a, int64_t b) {
   while (parents[a] != parents[b]) {
     if (parents[a] < parents[b]) std::swap(a, b);
@@ -57,8 +57,8 @@ struct Contacts {
   uint64_t after;     // with the one after
 };
 
-// Two runs meet in stretches of voxels that face each other, of which the first will do; or aslant, where the one ends and
-// the other begins. `but` and the others: the places that need not be looked at.
+// Two runs meet in stretches of voxels that face each other, of which the first will do; or aslant, where the one ends
+// and the other begins. `but` and the others: the places that need not be looked at.
 inline Contacts contacts(const Word& a, const Word& b, bool aslant, uint64_t but, uint64_t but_before,
                          uint64_t but_after) {
   const uint64_t facing = a.here & b.here & ~but;

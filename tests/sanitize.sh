@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the native library under the sanitizers of GCC or Clang, on every instruction set of this machine: the C interface
-# through native_stress.cpp, and the Python tests of the kernels. Takes about ten minutes, and is no part of CI. It needs
-# Linux, a compiler and a Python with the `test` extra; CXX names another compiler than g++.
+# through native_stress.cpp and native_labels_stress.cpp, and the Python tests of the kernels. Takes about ten minutes,
+# and is no part of CI. It needs Linux, a compiler and a Python with the `test` extra; CXX names another compiler than
+# g++.
 #
 #     bash tests/sanitize.sh
 #
@@ -23,13 +24,17 @@ cd "$scratch" || exit 1
 sed -i 's/"-g0"/"-g1"/' setup.py  # line numbers
 export PYTHONPATH="$scratch" PYTHONDONTWRITEBYTECODE=1
 
-# build SANITIZERS: the library with the flags of setup.py, and the driver
+# build SANITIZERS: the library with the flags of setup.py, and the drivers
 build() {
   local flags="-fsanitize=$1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
   rm -rf build
   CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="$flags" BLOBLOSS_FAST_NATIVE=1 python setup.py -q build_ext --inplace \
-    && $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc tests/native_stress.cpp blobloss_fast/_native.so \
-      -Wl,-rpath,"$scratch/blobloss_fast" -o native_stress
+    && driver native_stress "$flags" && driver native_labels_stress "$flags"
+}
+
+driver() {
+  $CXX -std=c++17 -O1 -g1 -pthread $2 -Icsrc "tests/$1.cpp" blobloss_fast/_native.so \
+    -Wl,-rpath,"$scratch/blobloss_fast" -o "$1"
 }
 
 # say NAME COMMAND...: the last line that a command prints, or all of it if it fails
@@ -45,7 +50,7 @@ say() {
   fi
 }
 
-stress() { build "$1" && ./native_stress; }
+stress() { build "$1" && ./native_labels_stress && ./native_stress; }
 
 # The library alone is instrumented: Python and PyTorch get the run-time libraries that it needs, which includes that of
 # C++, whose exceptions they intercept. What they allocate and never free is not of interest.
