@@ -113,7 +113,7 @@ def _for_cpu() -> ModuleType:
 
 
 def _labels_for_cpu() -> ModuleType:
-    """What finds labels beside that backend: the library, or connected-components-3d."""
+    """What finds the labels of a CPU tensor: the native library if it is the backend, else connected-components-3d."""
     return native_labels if _for_cpu() is native else labels
 
 

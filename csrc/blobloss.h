@@ -125,8 +125,8 @@ struct bl_labelling {
   int64_t ignore;  // the ignored value, where there is one; its ids are -1
   int32_t has_ignore;
   int32_t is_class_map;
-  int32_t is_softmax;       // channel 0 has no instances
-  int32_t differing_axes;   // 1, 2 or 3: in how many axes the places of two neighbours may differ
+  int32_t is_softmax;      // channel 0 has no instances
+  int32_t differing_axes;  // 1, 2 or 3: in how many axes the places of two neighbours may differ
   struct bl_threads threads;
 };
 
@@ -160,7 +160,7 @@ BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t
 // Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.
 BLOBLOSS_EXPORT int32_t blobloss_nearest_instance(const struct bl_zones* arguments);
 
-// Ids from 1 in the order of their first voxels. BL_NOT_BINARY, BL_NOT_A_CLASS: a voxel is neither known nor ignored;
+// Ids from 1 in the order of their first voxels. BL_NOT_BINARY, BL_NOT_A_CLASS: a voxel is neither known nor ignored.
 // BL_TOO_MANY_RUNS: a sample and channel has 2^31 or more stretches of foreground voxels along its last axis.
 BLOBLOSS_EXPORT int32_t blobloss_connected_components(const struct bl_labelling* arguments);
 

@@ -1,9 +1,9 @@
 // Connected components by runs: the stretches of foreground voxels along the last axis, found in rows of bits.
 //
-// Rows are cut into slabs. In each slab, on any thread: (1) read the target into bits and count the runs before each
-// word; (2) unite the runs of neighbouring rows; then (3) unite over the seams; (4) point every run to its root and count
-// roots; (5) number the roots; (6) write ids. Runs are numbered in raster order and the smallest of a component is its
-// root, so that roots are met in the order of their ids, wherever the seams are.
+// The rows are cut into slabs, which threads take: (1) read the target into bits and count the runs before each word;
+// (2) unite the runs of neighbouring rows; (3) unite over the seams; (4) point every run to its root and count roots;
+// (5) number the roots; (6) write ids. Runs are counted in raster order and the smallest of a component is its root, so
+// that the roots come in the order of their ids, wherever the seams are.
 
 #include <stdint.h>
 #include <string.h>
@@ -17,6 +17,7 @@
 
 #include "blobloss.h"
 #include "mask_bits.h"
+#include "runs.h"
 #include "threads.h"
 
 namespace blobloss {
@@ -28,109 +29,13 @@ constexpr int64_t kParallelRuns = 16384;
 constexpr int64_t kChunkBytes = 32768;  // of ids that are set to zero at once, which the nearest cache holds
 constexpr int64_t kBytes[] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};  // of the types, in their order
 
-int popcount(uint64_t x) {  // the built-in one is a call where the instruction set has none
-  x -= x >> 1 & 0x5555555555555555u;
-  x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
-  return static_cast<int>(((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
-}
-
 // Memory that is not set to zero.
 template <typename T>
 std::unique_ptr<T[]> allocate(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
 }
 
-// ---------------------------------------------------------------- union-find
-
-// Unites two runs, after M. Rem: of two parents the larger is lowered step by step, so that a parent is never larger than
-// its child and the root is the smallest of all.
-void unite(int32_t* parents, int64_t a, int64_t b) {
-  while (parents[a] != parents[b]) {
-    if (parents[a] < parents[b]) std::swap(a, b);
-    const int32_t parent = parents[a];
-    parents[a] = parents[b];
-    if (parent == a) return;
-    a = parent;
-  }
-}
-
 int32_t load(const int32_t* parents, int64_t run) { return __atomic_load_n(parents + run, __ATOMIC_RELAXED); }
-
-// ---------------------------------------------------------------- rows
-
-// A word of a row, and the same with the voxel before (left) and after (right) at the place of each.
-struct Word {
-  uint64_t here, left, right;
-
-  uint64_t wide() const { return here | left | right; }
-  uint64_t starts() const { return here & ~left; }
-};
-
-Word word_at(const uint64_t* row, int64_t word, int64_t words) {
-  if (!row) return {0, 0, 0};
-  const uint64_t here = row[word], before = word ? row[word - 1] : 0, after = word + 1 < words ? row[word + 1] : 0;
-  return {here, here << 1 | before >> 63, here >> 1 | after << 63};
-}
-
-// The foreground of one sample and channel.
-struct Bits {
-  const uint64_t* voxels;  // of all rows
-  const uint32_t* runs;    // before each word; counted from the first of the volume
-  int32_t* parents;
-  int64_t words;  // of a row
-};
-
-// Where the runs of two rows meet, one bit for each place, named after the voxel in the first row.
-struct Contacts {
-  uint64_t straight;  // with the voxel opposite or before it
-  uint64_t after;
-};
-
-// Two runs meet in one stretch of voxels that face each other, and the first of these will do. Where they meet only
-// aslant, the one ends and the other begins.
-Contacts contacts(const Word& a, const Word& b, bool aslant, uint64_t but, uint64_t but_before, uint64_t but_after) {
-  const uint64_t facing = a.here & b.here & ~but;
-  Contacts found{facing & ~(facing << 1), 0};
-  if (aslant) {
-    found.straight |= a.starts() & b.left & ~b.here & ~but_before;
-    found.after = a.here & ~a.right & b.right & ~b.here & ~but_after;
-  }
-  return found;
-}
-
-void unite(const Bits& bits, const Word& a, int64_t word_a, const Word& b, int64_t word_b, Contacts found) {
-  if (!(found.straight | found.after)) return;
-  // The run at a voxel is the last one that began, there or before.
-  const uint64_t starts_a = a.starts(), starts_b = b.starts();
-  const int64_t first_a = int64_t{bits.runs[word_a]} - 1, first_b = int64_t{bits.runs[word_b]} - 1;
-  for (uint64_t left = found.straight; left; left &= left - 1) {
-    const uint64_t until = left ^ (left - 1);
-    unite(bits.parents, first_a + popcount(starts_a & until), first_b + popcount(starts_b & until));
-  }
-  for (uint64_t left = found.after; left; left &= left - 1) {
-    const uint64_t until = left ^ (left - 1);
-    unite(bits.parents, first_a + popcount(starts_a & until), first_b + popcount(starts_b & until) + 1);
-  }
-}
-
-// Calls body(begin, end) for every run of a row.
-template <typename Body>
-void for_runs(const uint64_t* row, int64_t words, const Body& body) {
-  for (int64_t word = 0; word < words; ++word) {
-    uint64_t left = row[word];
-    while (left) {
-      const int64_t begin = word * kWord + __builtin_ctzll(left);
-      uint64_t gaps = ~(left | (left - 1));
-      while (!gaps && ++word < words) left = row[word], gaps = ~left;
-      if (!gaps) return body(begin, words * kWord);
-      const int gap = __builtin_ctzll(gaps);
-      body(begin, word * kWord + gap);
-      left &= ~uint64_t{0} << gap;
-    }
-  }
-}
-
-// ---------------------------------------------------------------- the whole
 
 class Labelling {
  public:
@@ -173,6 +78,7 @@ class Labelling {
   std::unique_ptr<uint64_t[]> voxels_, ignored_;
   std::unique_ptr<uint32_t[]> runs_;
   std::unique_ptr<int32_t[]> parents_;
+  std::vector<uint64_t> none_;
   std::vector<int64_t> first_run_;   // of each slab, of all volumes together
   std::vector<int64_t> first_root_;  // of each slab, of its volume
   std::atomic<int32_t> status_{0};
@@ -226,6 +132,7 @@ int32_t Labelling::run() {
   voxels_ = allocate<uint64_t>(words);
   runs_ = allocate<uint32_t>(words);
   if (arguments_.has_ignore) ignored_ = allocate<uint64_t>(words);
+  none_.assign(static_cast<size_t>(words_), 0);
   first_run_.assign(static_cast<size_t>(volumes * (slabs_ + 1)), 0);
   first_root_.assign(static_cast<size_t>(volumes * slabs_), 0);
 
@@ -322,8 +229,9 @@ void Labelling::unite_seams(const bl_threads& threads) const {
 
 // Unites the runs of the rows [row, end) with those of their earlier neighbours that lie in the rows [from, until).
 void Labelling::unite_rows(int64_t volume, int64_t row, int64_t end, int64_t from, int64_t until) const {
-  const Bits bits{voxels_of(volume), runs_of(volume), parents_of(volume), words_};
+  const Bits bits{voxels_of(volume), runs_of(volume), none_.data(), parents_of(volume), words_};
   for (; row < end; ++row) {
+    if (!has_any(bits.voxels + row * words_, words_)) continue;
     if (arguments_.differing_axes == 1)
       unite_row<1>(bits, row, from, until);
     else if (arguments_.differing_axes == 2)
@@ -333,30 +241,37 @@ void Labelling::unite_rows(int64_t volume, int64_t row, int64_t end, int64_t fro
   }
 }
 
-// The rows above and behind (before along the last axis but one, and but two), those behind that are above and below.
+// Above and behind: one place earlier along the last axis but one, and but two.
 //
-// What unions that are made anyway imply is left out. None behind is: each joins voxels of two planes. Above, two voxels
-// that have both another behind them: these are joined in their own plane, or by the same argument. Aslant of two axes,
-// those with a voxel behind or beside that is a neighbour of both by one axis less.
+// Unions that others imply are left out. Above: where both voxels have one behind them, since these two are united in
+// their own plane. Behind and above or below: where a voxel of the rows between is a neighbour of both. With the row
+// behind every union is made, so that no two are left out because of each other.
 template <int kAxes>
 void Labelling::unite_row(const Bits& bits, int64_t row, int64_t from, int64_t until) const {
   const int64_t height = arguments_.height, y = row % height, words = bits.words;
   const bool has_above = y > 0, has_below = y + 1 < height, has_behind = row >= height;
-  const auto row_if = [&](bool exists, int64_t at) { return exists ? bits.voxels + at * words : nullptr; };
+  const auto row_if = [&](bool exists, int64_t at) { return exists ? bits.voxels + at * words : bits.none; };
   const uint64_t* const here = bits.voxels + row * words;
   const uint64_t* const above = row_if(has_above, row - 1);
   const uint64_t* const below = row_if(has_below, row + 1);
   const uint64_t* const behind = row_if(has_behind, row - height);
   const uint64_t* const behind_above = row_if(has_behind && has_above, row - height - 1);
   const uint64_t* const behind_below = row_if(has_behind && has_below, row - height + 1);
-  const auto joins = [&](const uint64_t* other, int64_t at) { return other && at >= from && at < until; };
+  const auto joins = [&](const uint64_t* other, int64_t at) { return other != bits.none && at >= from && at < until; };
   const bool joins_above = joins(above, row - 1), joins_behind = joins(behind, row - height);
   const bool joins_behind_above = kAxes > 1 && joins(behind_above, row - height - 1);
   const bool joins_behind_below = kAxes > 1 && joins(behind_below, row - height + 1);
   constexpr bool kAslant = kAxes > 1, kFar = kAxes > 2;
 
+  const auto others = [&](int64_t word) {
+    return behind[word] | above[word] | (kAslant ? behind_above[word] | behind_below[word] : 0);
+  };
   for (int64_t word = 0; word < words; ++word) {
-    if (!here[word]) continue;
+    const uint64_t voxels = here[word];
+    if (!((voxels | voxels << 1 | voxels >> 1) & others(word)) &&
+        !(voxels & 1 && word && others(word - 1) >> 63) &&
+        !(voxels >> 63 && word + 1 < words && others(word + 1) & 1))
+      continue;  // most voxels of a sparse mask are alone
     const Word a = word_at(here, word, words), b = word_at(behind, word, words), u = word_at(above, word, words);
     const Word bu = word_at(behind_above, word, words);
     const int64_t at = row * words + word, plane = height * words;
@@ -374,7 +289,7 @@ void Labelling::unite_row(const Bits& bits, int64_t row, int64_t from, int64_t u
   }
 }
 
-// Points every run to its root. Threads read the parents of other slabs while these change, always to an ancestor: so it
+// Points every run to its root. Threads read the parents of other slabs while these change, always to an ancestor: it
 // does not matter which they see.
 void Labelling::flatten(int64_t volume, int64_t slab) {
   const int64_t* const firsts = first_run_.data() + volume * (slabs_ + 1);
@@ -408,19 +323,20 @@ void Labelling::write(int64_t volume, int64_t slab) const {
   for (int64_t begin = begin_of(slab); begin < end; begin += chunk) {
     const int64_t rows = std::min(chunk, end - begin);
     int32_t* ids = of.ids + begin * width;
+    int32_t* const chunk_end = ids + rows * width;
     memset(ids, 0, static_cast<size_t>(rows * width) * sizeof(int32_t));
     for (int64_t row = begin; row < begin + rows; ++row, ids += width) {
       const int64_t word = row * words_;
-      if (of.wanted.has_value) {
+      if (of.wanted.has_value && has_any(voxels_of(volume) + word, words_)) {
         const int32_t* parent = parents + runs_of(volume)[word];
         for_runs(voxels_of(volume) + word, words_, [&](int64_t from, int64_t until) {
-          const int32_t own = *parent++, id = ~(own < 0 ? own : parents[own]);
-          for (int64_t x = from; x < until; ++x) ids[x] = id;
+          const int32_t own = *parent++;
+          fill(ids + from, ids + until, chunk_end, ~(own < 0 ? own : parents[own]));
         });
       }
       if (ignored_)
         for_runs(ignored_of(volume) + word, words_, [&](int64_t from, int64_t until) {
-          for (int64_t x = from; x < until; ++x) ids[x] = -1;
+          std::fill(ids + from, ids + until, -1);
         });
     }
   }

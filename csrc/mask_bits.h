@@ -17,6 +17,8 @@ namespace blobloss {
 
 constexpr int64_t kWord = 64;  // voxels of a word, the first one in its lowest bit
 
+constexpr uintptr_t kAhead = 2048;  // bytes: fetched early, a mask that no cache holds takes a third less time
+
 // What is looked for in a target. The type of its voxels need not be able to hold the value or the ignored one.
 struct Wanted {
   int64_t value;
@@ -74,82 +76,115 @@ bool is_whole(T x) {  // of one that lies in [0, last]
 }
 
 struct Found {
-  uint64_t voxels, ignored, known;
+  uint64_t voxels, ignored;
 };
 
+// Finds the bits of 64 voxels, and remembers whether all were known.
 template <typename T>
-Found find(const T* x, const Values<T>& values, bool binary) {
-  uint8_t flags[kWord];
-  Found found{0, 0, 0};
-  if (values.has_value) {
-    for (int i = 0; i < kWord; ++i) flags[i] = x[i] == values.value;
-    found.voxels = pack(flags);
-  }
-  if (values.has_ignore) {
-    for (int i = 0; i < kWord; ++i) flags[i] = x[i] == values.ignore;
-    found.ignored = pack(flags);
-  }
-  if (binary)
-    for (int i = 0; i < kWord; ++i) flags[i] = static_cast<uint8_t>((x[i] == T(0)) | (x[i] == T(1)));
-  else if (std::is_floating_point<T>::value)
-    for (int i = 0; i < kWord; ++i) flags[i] = x[i] >= T(0) && x[i] <= values.last && is_whole(x[i]);
-  else
-    for (int i = 0; i < kWord; ++i) flags[i] = static_cast<uint8_t>((x[i] >= T(0)) & (x[i] <= values.last));
-  found.known = pack(flags) | found.ignored;
-  found.voxels &= ~found.ignored;  // the ignored value may be a class
-  return found;
-}
+class Finder {
+ public:
+  explicit Finder(const Wanted& wanted) : values_(wanted), is_binary_(wanted.classes == 2) {}
 
-// Bytes of a binary target without an ignored value, by far the most frequent ones: what is not 0 can only be 1.
-inline Found find_in_binary_bytes(const uint8_t* x) {
-  uint64_t parts[8], all = 0;
-  memcpy(parts, x, sizeof parts);
-  for (const uint64_t part : parts) all |= part;
-  if (!all) return {0, 0, ~uint64_t{0}};
-  return {pack(x), 0, all & 0xfefefefefefefefeu ? 0 : ~uint64_t{0}};
-}
+  Found operator()(const T* x) {
+    uint8_t flags[kWord];
+    Found found{0, 0};
+    if (values_.has_value) {
+      for (int i = 0; i < kWord; ++i) flags[i] = x[i] == values_.value;
+      found.voxels = pack(flags);
+    }
+    if (values_.has_ignore) {
+      for (int i = 0; i < kWord; ++i) flags[i] = x[i] == values_.ignore;
+      found.ignored = pack(flags);
+    }
+    if (is_binary_)
+      for (int i = 0; i < kWord; ++i) flags[i] = static_cast<uint8_t>((x[i] == T(0)) | (x[i] == T(1)));
+    else if (std::is_floating_point<T>::value)
+      for (int i = 0; i < kWord; ++i) flags[i] = x[i] >= T(0) && x[i] <= values_.last && is_whole(x[i]);
+    else
+      for (int i = 0; i < kWord; ++i) flags[i] = static_cast<uint8_t>((x[i] >= T(0)) & (x[i] <= values_.last));
+    known_ &= pack(flags) | found.ignored;
+    found.voxels &= ~found.ignored;  // the ignored value may be a class
+    return found;
+  }
 
-template <typename T, typename FindAt>
-bool read_rows(const T* x, int64_t rows, int64_t width, const FindAt& find_at, uint64_t* voxels, uint64_t* ignored) {
-  uint64_t known = ~uint64_t{0};
-  const auto put = [&](const Found& found, uint64_t there) {
-    known &= found.known;
-    *voxels++ = found.voxels & there;
-    if (ignored) *ignored++ = found.ignored & there;
+  bool all_known() const { return known_ == ~uint64_t{0}; }
+
+ private:
+  const Values<T> values_;
+  const bool is_binary_;
+  uint64_t known_ = ~uint64_t{0};
+};
+
+// The same for bytes of a binary target without an ignored value, the most frequent by far: what is not 0 must be 1.
+class BinaryBytesFinder {
+ public:
+  Found operator()(const void* x) {
+#if defined(__SSE2__)
+    const __m128i* const from = static_cast<const __m128i*>(x);
+    uint64_t bits = 0;
+    for (int part = 0; part < 4; ++part) {
+      const __m128i some = _mm_loadu_si128(from + part);
+      all_ = _mm_or_si128(all_, some);
+      bits |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_slli_epi16(some, 7))) << (16 * part);
+    }
+    return {bits, 0};
+#else
+    uint64_t parts[8];
+    memcpy(parts, x, sizeof parts);
+    for (const uint64_t part : parts) all_ |= part;
+    return {pack(static_cast<const uint8_t*>(x)), 0};
+#endif
+  }
+
+  bool all_known() const {
+    uint64_t all[2] = {};
+    memcpy(all, &all_, sizeof all_);
+    return !((all[0] | all[1]) & 0xfefefefefefefefeu);
+  }
+
+ private:
+#if defined(__SSE2__)
+  __m128i all_ = _mm_setzero_si128();
+#else
+  uint64_t all_ = 0;
+#endif
+};
+
+template <typename T, typename AnyFinder>
+bool read_with(AnyFinder find, const T* x, int64_t rows, int64_t width, uint64_t* voxels, uint64_t* ignored) {
+  const auto put = [&](const Found& found) {
+    *voxels++ = found.voxels;
+    if (ignored) *ignored++ = found.ignored;
   };
   const int64_t tail = width % kWord;
   for (int64_t row = 0; row < rows; ++row) {
-    for (const T* const end = x + (width - tail); x < end; x += kWord) put(find_at(x), ~uint64_t{0});
-    if (tail) {
-      T part[kWord] = {};  // filled up with zeros
-      memcpy(part, x, static_cast<size_t>(tail) * sizeof(T));
-      Found found = find_at(part);
-      const uint64_t there = (uint64_t{1} << tail) - 1;
-      found.known |= ~there;
-      put(found, there);
-      x += tail;
+    for (const T* const end = x + (width - tail); x < end; x += kWord) {
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + kAhead));
+      put(find(x));
     }
+    if (!tail) continue;
+    T part[kWord];
+    for (int64_t i = 0; i < kWord; ++i) part[i] = x[i < tail ? i : 0];  // filled up with what is there
+    const Found found = find(part);
+    const uint64_t there = (uint64_t{1} << tail) - 1;
+    put({found.voxels & there, found.ignored & there});
+    x += tail;
   }
-  return known == ~uint64_t{0};
+  return find.all_known();
 }
 
 template <typename T>
 bool read(const void* first, int64_t rows, int64_t width, const Wanted& wanted, uint64_t* voxels, uint64_t* ignored) {
   const T* const x = static_cast<const T*>(first);
-  const Values<T> values(wanted);
-  const bool binary = wanted.classes == 2;
-  if (sizeof(T) == 1 && binary && values.has_value && values.value == T(1) && !values.has_ignore)
-    return read_rows(
-        x, rows, width, [](const T* at) { return find_in_binary_bytes(reinterpret_cast<const uint8_t*>(at)); }, voxels,
-        ignored);
-  return read_rows(
-      x, rows, width, [&](const T* at) { return find(at, values, binary); }, voxels, ignored);
+  if (sizeof(T) == 1 && wanted.classes == 2 && wanted.has_value && !wanted.has_ignore)
+    return read_with(BinaryBytesFinder(), x, rows, width, voxels, ignored);
+  return read_with(Finder<T>(wanted), x, rows, width, voxels, ignored);
 }
 
 }  // namespace mask_bits
 
-// Reads rows that follow one another into words, each row from a word of its own; the bits beyond its end are 0. Returns
-// whether each voxel is known. `ignored` may be null.
+// Reads rows that follow one another into words, each row from a word of its own; the bits beyond its end are 0.
+// Returns whether each voxel is known. `ignored` may be null.
 using ReadRows = bool (*)(const void* first, int64_t rows, int64_t width, const Wanted& wanted, uint64_t* voxels,
                           uint64_t* ignored);
 

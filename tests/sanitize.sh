@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the native library under the sanitizers of GCC or Clang, on every instruction set of this machine: the C interface
-# through native_stress.cpp and native_zones_stress.cpp, and the Python tests of the kernels. Takes about ten minutes, and
-# is no part of CI. It needs Linux, a compiler and a Python with the `test` extra; CXX names another compiler than g++.
+# through the drivers tests/native_*stress.cpp, and the Python tests of the kernels. Takes about ten minutes,
+# and is no part of CI. It needs Linux, a compiler and a Python with the `test` extra; CXX names another compiler than
+# g++.
 #
 #     bash tests/sanitize.sh
 #
@@ -28,8 +29,8 @@ build() {
   local flags="-fsanitize=$1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
   rm -rf build
   CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="$flags" BLOBLOSS_FAST_NATIVE=1 python setup.py -q build_ext --inplace \
-    && for driver in native_stress native_zones_stress; do
-      $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc "tests/$driver.cpp" blobloss_fast/_native.so \
+    && for driver in stress labels_stress zones_stress; do
+      $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc "tests/native_$driver.cpp" blobloss_fast/_native.so \
         -Wl,-rpath,"$scratch/blobloss_fast" -o "$driver" || return 1
     done
 }
@@ -47,7 +48,7 @@ say() {
   fi
 }
 
-stress() { build "$1" && ./native_stress; }
+stress() { say "$1, table and loss" ./stress && say "$1, labels" ./labels_stress && say "$1, zones" ./zones_stress; }
 
 # The library alone is instrumented: Python and PyTorch get the run-time libraries that it needs, which includes that of
 # C++, whose exceptions they intercept. What they allocate and never free is not of interest.
@@ -58,16 +59,13 @@ python_tests() {
   for name in asan ubsan stdc++; do preload+=" $($CXX -print-file-name="lib$name.so")"; done
   build "address,$UNDEFINED" && ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" \
     python -m pytest -q -p no:cacheprovider -m "not slow" -k "native and not compile" tests/test_native*.py \
-    tests/test_segment_stats.py tests/test_nearest_instance.py \
+    tests/test_segment_stats.py tests/test_nearest_instance.py tests/test_connected_components.py \
     --deselect=tests/test_native_memory.py --deselect=tests/test_native_finish.py::test_no_memory_is_an_error
 }
 
-say "address" stress address
-say "address, zones" ./native_zones_stress
-say "undefined behaviour" stress "$UNDEFINED"
-say "undefined behaviour, zones" ./native_zones_stress
-say "threads" stress thread
-say "threads, zones" ./native_zones_stress
+say "address: build" build address && stress address
+say "undefined behaviour: build" build "$UNDEFINED" && stress "undefined behaviour"
+say "threads: build" build thread && stress threads
 say "Python, address and undefined behaviour" python_tests
 
 [ "$failed" -eq 0 ] && echo PASSED || echo FAILED

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blobloss_fast import BlobLoss, _ops, blob_loss_instances, connected_components, criteria
 from blobloss_fast.kernels import labels as kernel
+from blobloss_fast.kernels import native, native_labels
 
 from .tolerances import assert_fp64
 
@@ -27,6 +28,14 @@ SHAPES = {
     3: [(1, 1, 1), (1, 1, 19), (1, 19, 1), (19, 1, 1), (1, 9, 11), (9, 1, 11), (9, 11, 1), (7, 8, 9), (16, 17, 5)],
 }
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+@pytest.fixture(params=["native", "cc3d"], autouse=True)
+def labelling(request, monkeypatch):
+    """Run every test on the labels of the native library and on cc3d's, under the same backend of the loss."""
+    if request.param == "native" and not native.available():
+        pytest.skip(native.why_not() or "")
+    monkeypatch.setattr(_ops, "_labels_for_cpu", lambda: {"native": native_labels, "cc3d": kernel}[request.param])
 
 
 def scipy_labels(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ forward, 0.85 % of its fp32 logits (17 kB with max_instances=50: otherwise there
 kB backward. One more of max_instances takes 269 bytes: a row of 16 (the count and one sum, as doubles) in each of 16
 tables that are summed apart, and 12 in the result. There are fewer tables where there are many instances, so that all
 of them take no more than a row for every 32 voxels; from 33,000 on there is one, and one more takes 28 bytes.
+
+Finding the labels of a mask takes 12 bytes for every 64 voxels, and 4 for every stretch of foreground voxels.
 """
 
 from __future__ import annotations
@@ -162,7 +164,22 @@ def measure_child(backend: str) -> None:
         for most in (50, 1050, 40_000, 50_000):
             found[str(most)] = measure(allocated, most)
         found["growth"] = [growth(16, 5000), growth(33, 200)]  # with one thread and with two
+        masks = (ids > 0).to(torch.uint8), (torch.arange(SIDE) % 2).to(torch.uint8).expand(1, 1, SIDE, SIDE, SIDE)
+        found["labels"] = [labels(mask.contiguous()) for mask in masks]
     print(json.dumps(found))
+
+
+def labels(mask: Tensor) -> tuple[int, int]:
+    """Bytes that finding the labels takes beside them, and how many stretches of foreground there are."""
+    kept = []
+
+    def call() -> None:
+        kept[:] = blobloss_fast.connected_components(mask)
+
+    runs = int((mask.diff(prepend=torch.zeros_like(mask[..., :1])) == 1).sum())
+    call()
+    kept.clear()
+    return allocated(call) - 4 * mask.numel(), runs
 
 
 def growth(side: int, repetitions: int) -> list[int]:
@@ -244,6 +261,14 @@ def test_an_instance_more(measured: Callable[[str], dict]) -> None:
     assert 250 < (more - few) / 1000 <= 16 * 16 + 16
     assert 24 < (most - many) / 10_000 <= 32
     assert max(more, many) < LOGITS / 7
+
+
+def test_labels(measured: Callable[[str], dict]) -> None:
+    """Bits, counts before each word and parents, and little besides: of cubes, and of as many stretches as can be."""
+    voxels = SIDE**3
+    for (most, runs), expected in zip(measured("native")["labels"], (50 * 81, voxels // 2), strict=True):
+        assert runs == expected
+        assert 12 * voxels // 64 + 4 * runs < most < 12 * voxels // 64 + 4 * runs + 16384
 
 
 def test_nothing_stays(measured: Callable[[str], dict]) -> None:

@@ -1,4 +1,7 @@
-"""Connected components in the native library (csrc/connected_components.cpp); ``labels`` is truth and fallback."""
+"""Connected components by the native library (csrc/connected_components.cpp), whose truth and fallback is ``labels``.
+
+One call reads the target as it is, checks its values, and writes the ids and the counts of all samples and channels.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _NO_MEMORY = 16
 
 def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     """Label every sample and channel of a binary mask alone; see ``labels.connected_components``."""
-    if mask.dtype not in _DTYPES or not mask.numel():
+    if mask.dtype not in _DTYPES:
         return labels.connected_components(mask, connectivity)
     return _find(mask, mask.shape[1], False, False, connectivity, None)
 
@@ -29,7 +32,7 @@ def label_target(
     target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
 ) -> tuple[Tensor, Tensor]:
     """Find the instances of a target; see ``labels.label_target``."""
-    if target.dtype not in _DTYPES or not target.numel():
+    if target.dtype not in _DTYPES:
         return labels.label_target(target, channels, class_map, softmax, connectivity, ignore)
     return _find(target, channels, class_map, softmax, connectivity, ignore)
 
@@ -38,15 +41,18 @@ def _find(
     target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
 ) -> tuple[Tensor, Tensor]:
     batch, own, *spatial = target.shape
-    if own != (1 if class_map else channels):
+    expected = 1 if class_map else channels
+    if own != expected:
         raise ValueError(
-            f"target must have {1 if class_map else channels} channel(s); got {list(target.shape)}: pass "
-            "class_map=True for the classes of a softmax"
+            f"target must have {expected} channel(s) with class_map={class_map}; got {list(target.shape)}: a class map "
+            "has one, a binary target as many as the logits"
         )
-    _kept, volume = structs.volume("target", target, _DTYPES, batch, channels, target.numel() // (batch * own))
     returned = 1 if softmax and channels == 2 else channels
     ids = torch.empty(batch, returned, *spatial, dtype=torch.int32)
     counts = torch.empty(batch, returned, dtype=torch.int64)
+    if not target.numel():
+        return ids, counts.zero_()
+    _kept, volume = structs.volume("target", target, _DTYPES, batch, channels, target.numel() // (batch * own))
     axes = [size for size in spatial if size > 1]  # the others change neither the order nor the neighbours
     status = native._library().connected_components(
         _LABELLING.pack(
