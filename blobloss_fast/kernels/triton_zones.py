@@ -151,31 +151,34 @@ def _wide(value, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _distance(at, x, y, weight_y, weight_x, PLANE: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr):
+    """The squared distance from (y, x), or x alone, to where ``at`` points; garbage for NOWHERE."""
+    if PLANE:
+        across = _wide(x - (at & ((1 << SHIFT) - 1)).to(tl.int32), WIDE)
+        down = _wide(y - (at >> SHIFT).to(tl.int32), WIDE)
+        return across * across * weight_x + down * down * weight_y
+    else:
+        across = _wide(x - at.to(tl.int32), WIDE)
+        return across * across * weight_x
+
+
+@triton.jit
 def _try_row(
-    best, best_id, best_at, limit, at, row, first, beyond, x, y, instances_ptr, line, step, width, weight, weight_y,
-    weight_x, TILE: tl.constexpr, PLANE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
+    best, best_id, best_at, useful, distance, at, row, first, x, instances_ptr, line, step, width, weight,
+    TILE: tl.constexpr, PLANE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
     SHIFT: tl.constexpr
 ):
-    """Improve a tile by one row; ``beyond``: what the axis adds to the distance of the voxels nearest to that row.
+    """Improve a tile by one row, unless it is of no use to any line.
 
     With k = row - first the axis adds w (j - k)^2 = w k^2 - 2 w j k + w j^2 to the distance of voxel j of a line. The
     last term is the same for every candidate: ``best`` lacks it, and a candidate costs one multiplication.
     """
-    if PLANE:
-        at_y = (at >> SHIFT).to(tl.int32)
-        at_x = (at & ((1 << SHIFT) - 1)).to(tl.int32)
-    else:
-        at_x = at.to(tl.int32)
-    across = _wide(x - at_x, WIDE)
-    distance = across * across * weight_x
-    if PLANE:
-        down = _wide(y - at_y, WIDE)
-        distance += down * down * weight_y
-    useful = ((at >= 0) & (distance + beyond <= limit)).to(tl.int1)
     if tl.max(useful.to(tl.int32), 0) > 0:
         if PLANE:
-            source = row * step + at_y.to(line.dtype) * width + at_x
+            at_x = (at & ((1 << SHIFT) - 1)).to(tl.int32)
+            source = row * step + (at >> SHIFT).to(line.dtype) * width + at_x
         else:
+            at_x = at.to(tl.int32)
             source = row * step + line + (at_x - x)
         found = _to_id(tl.load(instances_ptr + source, mask=useful, other=0))[None, :]
         k = _wide(row - first, WIDE)
@@ -200,7 +203,7 @@ def nearest_on_line_kernel(
     instances_ptr, positions_ptr, out_ptr, num_lines, length, num_tiles, num_blocks, num_channels, step, width, weight,
     weight_y, weight_x, stride_b, stride_c,
     TILE: tl.constexpr, LINES: tl.constexpr, PLANE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
-    LARGE: tl.constexpr
+    LARGE: tl.constexpr, SHIFT: tl.constexpr
 ):
     """Along y, or with PLANE along z: positions hold x, or y and x packed; out gets y and x, or with LAST the id.
 
@@ -222,9 +225,6 @@ def nearest_on_line_kernel(
     weight_y = _wide(weight_y, WIDE)
     weight_x = _wide(weight_x, WIDE)
     FAR: tl.constexpr = _FAR64 if WIDE else _FAR32
-    # Two coordinates in one integer. The first pass of three leaves one in the output.
-    PACKED: tl.constexpr = positions_ptr.dtype.element_ty if PLANE else out_ptr.dtype.element_ty
-    SHIFT: tl.constexpr = PACKED.primitive_bitwidth // 2
 
     lanes = tl.arange(0, LINES)
     num_lanes = tl.minimum(num_lines - block * LINES, LINES).to(tl.int32)
@@ -236,57 +236,68 @@ def nearest_on_line_kernel(
     first = tile * TILE
     last = first + (TILE - 1)
     j = tl.arange(0, TILE)
-    own = _wide(j, WIDE)
-    own = own * own * weight
-    inside = ((first + j < length)[:, None] & (lanes < num_lanes)[None, :]).to(tl.int1)
+    square = (_wide(j, WIDE) * _wide(j, WIDE))[:, None]
 
     best = tl.full([TILE, LINES], FAR, tl.int64 if WIDE else tl.int32)
-    best_id = tl.full([TILE, LINES], _INT32_MAX, tl.int32)
+    best_id = tl.full([TILE, LINES], 0, tl.int32)
     best_at = tl.full([TILE, LINES], _NOWHERE, out_ptr.dtype.element_ty)
-    limit = tl.full([LINES], FAR, tl.int64 if WIDE else tl.int32)
-    for i in range(0, TILE, 2):
-        row0 = first + i
-        row1 = first + i + 1
-        at0 = _load_row(positions_ptr, line, row0, step, length, lanes, num_lanes)
-        at1 = _load_row(positions_ptr, line, row1, step, length, lanes, num_lanes)
+    at0 = _load_row(positions_ptr, line, first, step, length, lanes, num_lanes)
+    at1 = _load_row(positions_ptr, line, first + 1, step, length, lanes, num_lanes)
+    for i in range(0, tl.minimum(length - first, TILE), 2):
+        row = first + i
+        next0 = _load_row(positions_ptr, line, row + 2, step, length, lanes, num_lanes)
+        next1 = _load_row(positions_ptr, line, row + 3, step, length, lanes, num_lanes)
+        distance = _distance(at0, x, y, weight_y, weight_x, PLANE, WIDE, SHIFT)
         best, best_id, best_at = _try_row(
-            best, best_id, best_at, limit, at0, row0, first, 0, x, y, instances_ptr, line, step, width, weight,
-            weight_y, weight_x, TILE, PLANE, LAST, WIDE, FAR, SHIFT
+            best, best_id, best_at, at0 >= 0, distance, at0, row, first, x, instances_ptr, line, step, width, weight,
+            TILE, PLANE, LAST, WIDE, FAR, SHIFT
         )
+        distance = _distance(at1, x, y, weight_y, weight_x, PLANE, WIDE, SHIFT)
         best, best_id, best_at = _try_row(
-            best, best_id, best_at, limit, at1, row1, first, 0, x, y, instances_ptr, line, step, width, weight,
-            weight_y, weight_x, TILE, PLANE, LAST, WIDE, FAR, SHIFT
+            best, best_id, best_at, at1 >= 0, distance, at1, row + 1, first, x, instances_ptr, line, step, width,
+            weight, TILE, PLANE, LAST, WIDE, FAR, SHIFT
         )
+        at0 = next0
+        at1 = next1
     # Outward, both ways at once. An instance as far as the best so far may still have the smaller id: <=, not <.
-    limit = tl.max(tl.where(inside, best + own[:, None], -1), 0)
+    limit = tl.where(lanes < num_lanes, tl.max(best + square * weight, 0), -1)
     farthest = tl.max(limit, 0)
     reach = tl.maximum(first, length - 1 - last)
     away = tile * 0 + 1
-    beyond = _wide(away, WIDE) * weight
+    up = _load_row(positions_ptr, line, first - 1, step, length, lanes, num_lanes)
+    down = _load_row(positions_ptr, line, last + 1, step, length, lanes, num_lanes)
+    beyond = _wide(away, WIDE) * weight  # what the axis adds to the distance from the tile's outermost voxels
     while (away <= reach) & (beyond <= farthest):
-        up0 = _load_row(positions_ptr, line, first - away, step, length, lanes, num_lanes)
-        down0 = _load_row(positions_ptr, line, last + away, step, length, lanes, num_lanes)
-        best, best_id, best_at = _try_row(
-            best, best_id, best_at, limit, up0, first - away, first, beyond, x, y, instances_ptr, line, step, width,
-            weight, weight_y, weight_x, TILE, PLANE, LAST, WIDE, FAR, SHIFT
-        )
-        best, best_id, best_at = _try_row(
-            best, best_id, best_at, limit, down0, last + away, first, beyond, x, y, instances_ptr, line, step, width,
-            weight, weight_y, weight_x, TILE, PLANE, LAST, WIDE, FAR, SHIFT
-        )
-        limit = tl.max(tl.where(inside, best + own[:, None], -1), 0)
-        farthest = tl.max(limit, 0)
+        next_up = _load_row(positions_ptr, line, first - away - 1, step, length, lanes, num_lanes)
+        next_down = _load_row(positions_ptr, line, last + away + 1, step, length, lanes, num_lanes)
+        up_distance = _distance(up, x, y, weight_y, weight_x, PLANE, WIDE, SHIFT)
+        down_distance = _distance(down, x, y, weight_y, weight_x, PLANE, WIDE, SHIFT)
+        use_up = ((up >= 0) & (up_distance + beyond <= limit)).to(tl.int1)
+        use_down = ((down >= 0) & (down_distance + beyond <= limit)).to(tl.int1)
+        if tl.max((use_up | use_down).to(tl.int32), 0) > 0:
+            best, best_id, best_at = _try_row(
+                best, best_id, best_at, use_up, up_distance, up, first - away, first, x, instances_ptr, line, step,
+                width, weight, TILE, PLANE, LAST, WIDE, FAR, SHIFT
+            )
+            best, best_id, best_at = _try_row(
+                best, best_id, best_at, use_down, down_distance, down, last + away, first, x, instances_ptr, line,
+                step, width, weight, TILE, PLANE, LAST, WIDE, FAR, SHIFT
+            )
+            limit = tl.where(lanes < num_lanes, tl.max(best + square * weight, 0), -1)
+            farthest = tl.max(limit, 0)
+        up = next_up
+        down = next_down
         away += 1
         beyond = _wide(away, WIDE) * _wide(away, WIDE) * weight
 
-    found = best + own[:, None] < FAR
+    inside = ((first + j < length)[:, None] & (lanes < num_lanes)[None, :]).to(tl.int1)
     target = line[None, :] + ((first + j) * step)[:, None]
     if LAST:
         ids = tl.load(instances_ptr + target, mask=inside, other=0)
-        zone = tl.where(ids < 0, -1, tl.where(found, best_id, 1))
+        zone = tl.where(ids < 0, -1, tl.where(best_id > 0, best_id, 1))
         tl.store(out_ptr + target, zone, mask=inside)
     else:
-        tl.store(out_ptr + target, tl.where(found, best_at, _NOWHERE), mask=inside)
+        tl.store(out_ptr + target, tl.where(best_id > 0, best_at, _NOWHERE), mask=inside)
 
 
 # ---------------------------------------------------------------- launcher
@@ -352,5 +363,6 @@ def _launch(
         nearest_on_line_kernel[(num_tiles * num_blocks * samples,)](
             instances, source, target, num_lines, length, num_tiles, num_blocks, channels,
             width * axes[1][0] if plane else width, width, weight, axes[1][1] if plane else 1, weight_x, *strides,
-            TILE=TILE, LINES=LINES, PLANE=plane, LAST=axis == 0, WIDE=wide, LARGE=large, num_warps=1
+            TILE=TILE, LINES=LINES, PLANE=plane, LAST=axis == 0, WIDE=wide, LARGE=large,
+            SHIFT=8 * scratch.element_size() // 2, num_warps=1
         )
