@@ -118,6 +118,23 @@ def test_lines_longer_than_a_tile(kind):
 
 
 @pytest.mark.usefixtures("fast_scans")
+@pytest.mark.parametrize("weight", [1, FAR_APART])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ties_across_the_edges_of_tiles(axis, weight):
+    """The voxel at a tile's edge is the farthest one of its line, and as far from a smaller id in the next tile."""
+    shape = [2, 3, 2]
+    shape[axis] = 41
+    instances = np.zeros((1, 1, *shape), np.int32)
+    lines = np.moveaxis(instances[0, 0], axis, 0)
+    lines[8], lines[24] = 4, 9  # rows 16 to 31: 16 is 8 away from either
+    zones = check(instances, [weight] * 3)
+    assert int(zones[0, 0].moveaxis(axis, 0)[16].max()) == 4
+    lines[8], lines[24], lines[7], lines[23] = 0, 0, 9, 4  # rows 0 to 15: 15 is
+    zones = check(instances, [weight] * 3)
+    assert int(zones[0, 0].moveaxis(axis, 0)[15].max()) == 4
+
+
+@pytest.mark.usefixtures("fast_scans")
 @pytest.mark.parametrize("shape", [(2, 1, 1500), (1, 2, 3, 1027), (1, 1, 2, 2, 600), (1, 2, 513)])
 def test_rows_longer_than_a_block(shape):
     """Left and right neighbours are carried over blocks that hold none."""

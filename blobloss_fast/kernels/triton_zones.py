@@ -211,6 +211,7 @@ def _try_row(
         best = tl.where(better, candidate, best)
         best_id = tl.where(better, found, best_id)
         if not LAST:
+            # A line without any instance yet may take NOWHERE here: all ones, whatever row is packed onto them.
             packed = (row.to(best_at.dtype) << SHIFT) | at_x.to(best_at.dtype)
             best_at = tl.where(better, packed[None, :], best_at)
     return best, best_id, best_at
@@ -319,7 +320,7 @@ def nearest_on_line_kernel(
         zone = tl.where(ids < 0, -1, tl.where(best_id > 0, best_id, 1))
         tl.store(out_ptr + target, zone, mask=inside)
     else:
-        tl.store(out_ptr + target, tl.where(best_id > 0, best_at, _NOWHERE), mask=inside)
+        tl.store(out_ptr + target, best_at, mask=inside)
 
 
 # ---------------------------------------------------------------- launcher
