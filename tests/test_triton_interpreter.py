@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-CASES = [str(HERE / f"triton_{name}_cases.py") for name in ("interpreter", "launcher", "loss")]
+CASES = [str(HERE / f"triton_{name}_cases.py") for name in ("interpreter", "launcher", "loss", "zones")]
 
 
 @pytest.mark.slow

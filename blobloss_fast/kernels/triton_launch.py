@@ -54,5 +54,6 @@ class Overflow:
             f"an earlier call on {self.device} returned NaN, because where it was not ignored it met an id beyond "
             "max_instances (a cell beyond num_cells), a target that is neither 0 nor 1 (or no class of the logits), "
             "or, with activation='none', a value outside [0, 1]: pass a larger max_instances (max_instances=None reads "
-            "the largest id), threshold the target, name its ignored value with ignore_index, or pass probabilities"
+            "the largest id), threshold the target, name its ignored value with ignore_index, or pass probabilities; "
+            "or nearest_instance met an id beyond int32: renumber the instances from 1"
         )
