@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-CASES = [str(HERE / f"triton_{name}_cases.py") for name in ("interpreter", "launcher", "loss", "zones")]
+NAMES = ("interpreter", "launcher", "loss", "zones", "components", "label_target")
+CASES = [str(HERE / f"triton_{name}_cases.py") for name in NAMES]
 
 
 @pytest.mark.slow
