@@ -107,6 +107,7 @@ def inspect(compiled) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "ldg128": count(r"LDG\..*\b128\b.*"),
         "ldg": count(r"LDG(\..*)?"),
+        "strong": count(r"LDG\..*STRONG.*"),
         "stg128": count(r"STG\..*\b128\b.*"),
         "stg": count(r"STG(\..*)?"),
         "atomics": count(r"(ATOMG?|REDG?)(\..*)?"),
