@@ -32,5 +32,5 @@ def backends() -> dict[str, str]:
     elif not torch.cuda.is_available():
         cuda = "triton, but this PyTorch sees no CUDA or ROCm device"
     else:
-        cuda = "triton; instances of a bare mask are found on the CPU"
+        cuda = "triton"
     return {"cpu": cpu, "cuda": cuda, "other": reference}

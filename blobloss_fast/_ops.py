@@ -107,6 +107,16 @@ def _for_cuda() -> ModuleType:
 
 
 @functools.cache
+def _labels_for_cuda() -> ModuleType:
+    """Triton's labels, or a copy to the CPU and back where it is not installed."""
+    if not has_triton():
+        return labels
+    from .kernels import triton_components
+
+    return triton_components
+
+
+@functools.cache
 def _for_cpu() -> ModuleType:
     """The native library, loaded at the first CPU tensor, or the reference where it could not be built."""
     return native if native.available() else reference
@@ -129,6 +139,8 @@ def _zones_for_cpu() -> ModuleType:
 _register(lambda: reference, "CompositeExplicitAutograd")
 _register(lambda: _for_cpu(), "CPU")  # looked up at every call, so that a test or a benchmark may put another one there
 _register(_for_cuda, "CUDA")
+_LIBRARY.impl("connected_components", lambda *args: _labels_for_cuda().connected_components(*args), "CUDA")
+_LIBRARY.impl("label_target", lambda *args: _labels_for_cuda().label_target(*args), "CUDA")
 _LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
 _LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
 _LIBRARY.impl("nearest_instance", zones.nearest_instance, "CompositeExplicitAutograd")

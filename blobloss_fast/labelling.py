@@ -29,7 +29,8 @@ def connected_components(mask: Tensor, connectivity: int = 26) -> tuple[Tensor, 
         ValueError: for another shape, a connectivity that the number of axes does not have, or values but 0 and 1.
 
     Synchronises:
-        On a GPU: the mask is copied to the CPU and the labels are copied back.
+        Never with Triton, where a value but 0 and 1 has the label 2^31 - 1, and the next call raises RuntimeError.
+        On a GPU without Triton the mask is copied to the CPU and the labels are copied back.
 
     Reference:
         Silversmith 2021, connected-components-3d, doi 10.5281/zenodo.5719536.
