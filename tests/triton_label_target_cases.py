@@ -16,6 +16,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
+from blobloss_fast.kernels import labels
 from blobloss_fast.kernels import triton_components as kernels
 
 from .triton_components_cases import random_mask, scan_at_once, scipys  # noqa: F401
@@ -55,6 +56,7 @@ def check_target(target: Tensor, *options) -> None:
     assert ids.dtype == torch.int32 and counts.dtype == torch.int64
     assert torch.equal(counts, expected_counts)
     assert torch.equal(ids, expected)
+    assert all(map(torch.equal, labels.label_target(target, *options), (expected, expected_counts)))  # the CPU's
 
 
 @pytest.mark.parametrize("ignore", [None, 0, 1, 2, 255, -1, 300, 2**40])
