@@ -64,7 +64,7 @@ class Labelling {
   void read(int64_t volume, int64_t slab);
   void unite_slab(int64_t volume, int64_t slab) const;
   void unite_seams(const bl_threads& threads) const;
-  void unite_rows(int64_t volume, int64_t row, int64_t end, int64_t from, int64_t until) const;
+  void unite_rows(int64_t volume, int64_t begin, int64_t end, int64_t from, int64_t until) const;
   template <int kAxes>
   void unite_row(const Bits& bits, int64_t row, int64_t from, int64_t until) const;
   void flatten(int64_t volume, int64_t slab);
@@ -185,15 +185,15 @@ void Labelling::read(int64_t volume, int64_t slab) {
   if (!of.wanted.has_value) return;
   uint32_t* const runs = runs_of(volume) + begin * words_;
   int64_t count = 0;
-  for (int64_t row = 0; row < rows; ++row) {
+  for_rows(voxels, words_, 0, rows, [&](int64_t row) {
     uint64_t before = 0;
     for (int64_t word = row * words_; word < (row + 1) * words_; ++word) {
       const uint64_t here = voxels[word];
       runs[word] = static_cast<uint32_t>(count);
-      if (here) count += popcount(here & ~(here << 1 | before >> 63));
+      count += popcount(here & ~(here << 1 | before >> 63));
       before = here;
     }
-  }
+  });
   first_run_[static_cast<size_t>(volume * (slabs_ + 1) + slab)] = count;
 }
 
@@ -204,7 +204,9 @@ void Labelling::unite_slab(int64_t volume, int64_t slab) const {
   const int64_t begin = begin_of(slab), end = begin_of(slab + 1);
   uint32_t* const runs = runs_of(volume);
   if (first)
-    for (int64_t word = begin * words_; word < end * words_; ++word) runs[word] += static_cast<uint32_t>(first);
+    for_rows(voxels_of(volume), words_, begin, end, [&](int64_t row) {
+      for (int64_t word = row * words_; word < (row + 1) * words_; ++word) runs[word] += static_cast<uint32_t>(first);
+    });
   int32_t* const parents = parents_of(volume);
   for (int64_t run = first; run < last; ++run) parents[run] = static_cast<int32_t>(run);
   if (first < last) unite_rows(volume, begin, end, begin, end);
@@ -227,18 +229,17 @@ void Labelling::unite_seams(const bl_threads& threads) const {
   }
 }
 
-// Unites the runs of the rows [row, end) with those of their earlier neighbours that lie in the rows [from, until).
-void Labelling::unite_rows(int64_t volume, int64_t row, int64_t end, int64_t from, int64_t until) const {
+// Unites the runs of the rows [begin, end) with those of their earlier neighbours that lie in the rows [from, until).
+void Labelling::unite_rows(int64_t volume, int64_t begin, int64_t end, int64_t from, int64_t until) const {
   const Bits bits{voxels_of(volume), runs_of(volume), none_.data(), parents_of(volume), words_};
-  for (; row < end; ++row) {
-    if (!has_any(bits.voxels + row * words_, words_)) continue;
+  for_rows(bits.voxels, words_, begin, end, [&](int64_t row) {
     if (arguments_.differing_axes == 1)
       unite_row<1>(bits, row, from, until);
     else if (arguments_.differing_axes == 2)
       unite_row<2>(bits, row, from, until);
     else
       unite_row<3>(bits, row, from, until);
-  }
+  });
 }
 
 // Above and behind: one place earlier along the last axis but one, and but two.
@@ -314,31 +315,38 @@ void Labelling::number(int64_t volume, int64_t slab) const {
     if (parents[run] == run) parents[run] = ~++id;
 }
 
+// Writes the ids of the runs of a row, whose parents begin at `own`; returns where those of the next begin.
+const int32_t* write_row(const uint64_t* row, int64_t words, const int32_t* parents, const int32_t* own, int32_t* ids,
+                         const int32_t* room) {
+  for_runs(row, words, [&](int64_t from, int64_t until) {
+    const int32_t parent = *own++;
+    fill(ids + from, ids + until, room, ~(parent < 0 ? parent : parents[parent]));
+  });
+  return own;
+}
+
 void Labelling::write(int64_t volume, int64_t slab) const {
   const Volume& of = volumes_[static_cast<size_t>(volume)];
   if (!of.ids) return;
   const int64_t width = arguments_.width, end = begin_of(slab + 1);
   const int64_t chunk = std::max<int64_t>(kChunkBytes / (width * int64_t{sizeof(int32_t)}), 1);
+  const int64_t* const firsts = first_run_.data() + volume * (slabs_ + 1);
   const int32_t* const parents = parents_of(volume);
+  const int32_t* parent = parents + (firsts[slab] - firsts[0]);
   for (int64_t begin = begin_of(slab); begin < end; begin += chunk) {
-    const int64_t rows = std::min(chunk, end - begin);
-    int32_t* ids = of.ids + begin * width;
-    int32_t* const chunk_end = ids + rows * width;
-    memset(ids, 0, static_cast<size_t>(rows * width) * sizeof(int32_t));
-    for (int64_t row = begin; row < begin + rows; ++row, ids += width) {
-      const int64_t word = row * words_;
-      if (of.wanted.has_value && has_any(voxels_of(volume) + word, words_)) {
-        const int32_t* parent = parents + runs_of(volume)[word];
-        for_runs(voxels_of(volume) + word, words_, [&](int64_t from, int64_t until) {
-          const int32_t own = *parent++;
-          fill(ids + from, ids + until, chunk_end, ~(own < 0 ? own : parents[own]));
-        });
-      }
-      if (ignored_)
-        for_runs(ignored_of(volume) + word, words_, [&](int64_t from, int64_t until) {
-          std::fill(ids + from, ids + until, -1);
-        });
-    }
+    const int64_t chunk_end = std::min(begin + chunk, end);
+    memset(of.ids + begin * width, 0, static_cast<size_t>((chunk_end - begin) * width) * sizeof(int32_t));
+    const int32_t* const room = of.ids + chunk_end * width;
+    if (of.wanted.has_value)
+      for_rows(voxels_of(volume), words_, begin, chunk_end, [&](int64_t row) {
+        parent = write_row(voxels_of(volume) + row * words_, words_, parents, parent, of.ids + row * width, room);
+      });
+    if (ignored_)
+      for_rows(ignored_of(volume), words_, begin, chunk_end, [&](int64_t row) {
+        int32_t* const ids = of.ids + row * width;
+        for_runs(ignored_of(volume) + row * words_, words_,
+                 [&](int64_t from, int64_t until) { std::fill(ids + from, ids + until, -1); });
+      });
   }
 }
 

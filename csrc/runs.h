@@ -9,7 +9,7 @@
 
 namespace blobloss {
 
-constexpr int kShort = 4;  // voxels
+constexpr int kShort = 8;  // voxels
 
 inline int popcount(uint64_t x) {  // the built-in one is a call where the instruction set has none
   x -= x >> 1 & 0x5555555555555555u;
@@ -45,7 +45,7 @@ inline Word word_at(const uint64_t* row, int64_t word, int64_t words) {
 // The foreground of one sample and channel.
 struct Bits {
   const uint64_t* voxels;  // of all rows
-  const uint32_t* runs;    // before each word; counted from the first of the volume
+  const uint32_t* runs;    // before each word that has one, counted from the first of the volume
   const uint64_t* none;    // a row without any
   int32_t* parents;
   int64_t words;  // of a row
@@ -85,10 +85,21 @@ inline void unite(const Bits& bits, const Word& a, int64_t word_a, const Word& b
   }
 }
 
-inline bool has_any(const uint64_t* row, int64_t words) {
-  uint64_t any = 0;
-  for (int64_t word = 0; word < words; ++word) any |= row[word];
-  return any != 0;
+// The next word of [at, end) that has a bit, or end.
+inline int64_t next_word(const uint64_t* bits, int64_t at, int64_t end) {
+  while (at + 4 <= end && !(bits[at] | bits[at + 1] | bits[at + 2] | bits[at + 3])) at += 4;
+  while (at < end && !bits[at]) ++at;
+  return at;
+}
+
+// Calls body(row) for every row of [begin, end) that has a bit.
+template <typename Body>
+void for_rows(const uint64_t* bits, int64_t words, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t word = next_word(bits, row * words, end * words);
+    if (word >= (row + 1) * words) row = word / words;  // a division only where rows are empty
+    if (row < end) body(row);
+  }
 }
 
 // Calls body(begin, end) for every run of a row.
