@@ -9,6 +9,7 @@ through one backward, which is an operator of its own.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
@@ -91,29 +92,21 @@ def _register(backend: Callable[[], ModuleType], key: str) -> None:
         _LIBRARY.impl(kernel.__name__, kernel, key)
 
 
+def _register_labels(labels: Callable[[], ModuleType], zones: Callable[[], ModuleType], key: str) -> None:
+    _LIBRARY.impl("connected_components", lambda *args: labels().connected_components(*args), key)
+    _LIBRARY.impl("label_target", lambda *args: labels().label_target(*args), key)
+    _LIBRARY.impl("nearest_instance", lambda *args: zones().nearest_instance(*args), key)
+
+
 def has_triton() -> bool:
     """Whether Triton is installed, found without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _for_cuda() -> ModuleType:
-    """Triton, imported at the first CUDA tensor, or the reference where it is not installed."""
-    if not has_triton():
-        return reference
-    from .kernels import triton_segment_stats
-
-    return triton_segment_stats
-
-
-@functools.cache
-def _labels_for_cuda() -> ModuleType:
-    """Triton's labels, or a copy to the CPU and back where it is not installed."""
-    if not has_triton():
-        return labels
-    from .kernels import triton_components
-
-    return triton_components
+def _triton(name: str, otherwise: ModuleType) -> ModuleType:
+    """A module of Triton kernels, imported at the first CUDA tensor, or where there is no Triton what runs anywhere."""
+    return importlib.import_module(f".kernels.{name}", __package__) if has_triton() else otherwise
 
 
 @functools.cache
@@ -132,21 +125,12 @@ def finds_large_ids(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and not torch.compiler.is_compiling() and _for_cpu() is native
 
 
-def _zones_for_cpu() -> ModuleType:
-    return native_zones if _for_cpu() is native else zones
-
-
 _register(lambda: reference, "CompositeExplicitAutograd")
 _register(lambda: _for_cpu(), "CPU")  # looked up at every call, so that a test or a benchmark may put another one there
-_register(_for_cuda, "CUDA")
-_LIBRARY.impl("connected_components", lambda *args: _labels_for_cuda().connected_components(*args), "CUDA")
-_LIBRARY.impl("label_target", lambda *args: _labels_for_cuda().label_target(*args), "CUDA")
-_LIBRARY.impl("connected_components", labels.connected_components, "CompositeExplicitAutograd")
-_LIBRARY.impl("label_target", labels.label_target, "CompositeExplicitAutograd")
-_LIBRARY.impl("nearest_instance", zones.nearest_instance, "CompositeExplicitAutograd")
-_LIBRARY.impl("connected_components", lambda *args: _labels_for_cpu().connected_components(*args), "CPU")
-_LIBRARY.impl("label_target", lambda *args: _labels_for_cpu().label_target(*args), "CPU")
-_LIBRARY.impl("nearest_instance", lambda *args: _zones_for_cpu().nearest_instance(*args), "CPU")
+_register(lambda: _triton("triton_segment_stats", reference), "CUDA")
+_register_labels(lambda: labels, lambda: zones, "CompositeExplicitAutograd")
+_register_labels(lambda: _labels_for_cpu(), lambda: native_zones if _for_cpu() is native else zones, "CPU")
+_register_labels(lambda: _triton("triton_components", labels), lambda: _triton("triton_zones", zones), "CUDA")
 
 # ---------------------------------------------------------------- fakes: shapes and dtypes, for tracing
 

@@ -43,22 +43,18 @@ def save(path, arrays):
 def expected(logits, label, ids):
     """Losses per lesion and every voxel's gradient of Dice, the blob term and the zones' term: closed forms in fp64."""
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    slope = p * (1 - p)
-    overlap, size = (p * label).sum(), p.sum() + label.sum() + SMOOTH
-    of_dice = slope * ((2 * overlap + SMOOTH) / size**2 - 2 * label / size)
-    present = np.unique(ids[ids > 0])
+    slope, present = p * (1 - p), np.unique(ids[ids > 0])
+    top, whole = 2 * (p * label).sum() + SMOOTH, p.sum() + label.sum() + SMOOTH
+    dice, of_dice = 1 - top / whole, slope * (top / whole**2 - 2 * label / whole)
     losses, of_blob, of_cc = [], np.zeros_like(p), np.zeros_like(p)
-    distances = np.stack([ndimage.distance_transform_edt(ids != k) for k in present])
-    nearest = present[distances.argmin(0)]  # the first of those that are as near
+    nearest = present[np.argmin([ndimage.distance_transform_edt(ids != k) for k in present], 0)]  # the first of several
     for k in present:
         blob, domain = ids == k, (ids == k) | (ids == 0)
         top, size = 2 * p[blob].sum() + SMOOTH, p[domain].sum() + blob.sum() + SMOOTH
         losses.append(1 - top / size)
         of_blob += domain * slope * (top / size**2 - 2 * blob / size) / len(present)
-        zone = nearest == k
-        top, size = 2 * p[blob].sum() + SMOOTH, p[zone].sum() + blob.sum() + SMOOTH
-        of_cc += zone * slope * (top / size**2 - 2 * blob / size) / len(present)
-    dice = 1 - (2 * overlap + SMOOTH) / (p.sum() + label.sum() + SMOOTH)
+        size = p[nearest == k].sum() + blob.sum() + SMOOTH
+        of_cc += (nearest == k) * slope * (top / size**2 - 2 * blob / size) / len(present)
     gradients = {"dice": of_dice, "blob": of_blob, "cc": of_cc, "both": of_dice + of_blob}
     return present, np.array(losses), dice, gradients
 

@@ -225,4 +225,4 @@ def test_cuda_tensors_are_registered_for_triton():
 
     for name in ("connected_components", "label_target"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"blobloss_fast::{name}", "CUDA")
-    assert _ops._labels_for_cuda() is kernels
+    assert _ops._triton("triton_components", labels) is kernels

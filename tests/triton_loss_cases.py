@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
 from blobloss_fast import BlobLoss, _ops, criteria
-from blobloss_fast.kernels import triton_segment_stats
+from blobloss_fast.kernels import reference, triton_segment_stats
 
 from . import scenes
 from .blob_loss_checks import COMPOUND, check
@@ -30,7 +30,7 @@ KERNELS = ("segment_stats_forward", "segment_stats_backward")
 @pytest.fixture(autouse=True)
 def launches(monkeypatch) -> list[str]:
     """Have CPU tensors take the kernels of CUDA tensors, and count them."""
-    assert _ops._for_cuda() is triton_segment_stats
+    assert _ops._triton("triton_segment_stats", reference) is triton_segment_stats
     calls: list[str] = []
     for name in KERNELS:
         kernel = getattr(triton_segment_stats, name)
