@@ -215,6 +215,12 @@ def test_ids_beyond_int32():
         kernels.nearest_instance(instances, [1])
 
 
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -3], [2**62 // 9, 1]])
+def test_weights_are_checked(weights):
+    with pytest.raises(ValueError, match="2 positive integers"):
+        kernels.nearest_instance(torch.ones(1, 1, 4, 5, dtype=torch.int32), weights)
+
+
 def test_an_axis_that_int32_cannot_count():
     with pytest.raises(ValueError, match=r"shorter than 2147483648 \(2\^31\); got \[2147483648\]"):
         kernels.nearest_instance(torch.zeros(1, dtype=torch.uint8).expand(1, 1, 2**31), [1])

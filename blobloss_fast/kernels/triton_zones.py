@@ -20,12 +20,15 @@ H100 that always issues: 0.07 ms at 128^3 and 0.9 ms at 256^3; with stalls and p
 bars are 0.3 ms and 4 ms. A volume without instances takes about as long: every row is looked at, none is tried.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import Overflow, rows
+from .zones import checked_weights
 
 LINES = 32  # one line to a thread of a warp, so that maxima over a line's voxels never leave the thread
 TILE = 16  # voxels of a line in a thread's registers: a row is loaded and decoded once for all of them
@@ -326,7 +329,7 @@ def nearest_on_line_kernel(
 # ---------------------------------------------------------------- launcher
 
 
-def nearest_instance(instances: Tensor, weights: list[int]) -> Tensor:
+def nearest_instance(instances: Tensor, weights: Sequence[int]) -> Tensor:
     """The id of the nearest instance voxel; arguments as of the operator.
 
     A tensor whose spatial axes are not dense in row-major order (channels_last_3d, crops) is copied; channel slices and
@@ -340,8 +343,9 @@ def nearest_instance(instances: Tensor, weights: list[int]) -> Tensor:
 
     Raises:
         RuntimeError: for what an earlier call on this device was given.
-        ValueError: an axis of 2^31 voxels.
+        ValueError: weights that are not positive or too large, or an axis of 2^31 voxels.
     """
+    weights = checked_weights(weights, instances.shape[2:])
     if any(n >= 2**31 for n in instances.shape[2:]):
         raise ValueError(
             f"spatial axes must be shorter than 2147483648 (2^31); got {list(instances.shape[2:])}: split the volume"
