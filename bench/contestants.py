@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.timing import Step
 from bench.workloads import Workload
-from blobloss_fast import BlobLoss, CCLoss, _ops, criteria, nearest_instance
+from blobloss_fast import BlobLoss, CCLoss, _ops, connected_components, criteria, nearest_instance
 from blobloss_fast.kernels import reference
 
 SMOOTH = 1e-5
@@ -278,6 +278,8 @@ def why_not(key: str, workload: Workload) -> str | None:
     """The reason why a contestant is not run on a workload, None where it is."""
     if key.startswith("monai") and importlib.util.find_spec("monai") is None:
         return "MONAI is not installed"
+    if key.startswith("mask") and not torch.equal(connected_components(workload.mask)[0], workload.instances):
+        return "its instances are not the components of its mask"
     if key == "loop":
         needed = workload.num_instances * workload.instances[0].numel() * LOOP_BYTES_PER_VOXEL
         if needed > LOOP_MEMORY_LIMIT:

@@ -120,6 +120,10 @@ def _labels_for_cpu() -> ModuleType:
     return native_labels if _for_cpu() is native else labels
 
 
+def _zones_for_cpu() -> ModuleType:
+    return native_zones if _for_cpu() is native else zones
+
+
 def finds_large_ids(logits: Tensor) -> bool:
     """Whether an id beyond the capacity raises ``IdTooLargeError``, early, for such logits."""
     return logits.device.type == "cpu" and not torch.compiler.is_compiling() and _for_cpu() is native
@@ -129,7 +133,7 @@ _register(lambda: reference, "CompositeExplicitAutograd")
 _register(lambda: _for_cpu(), "CPU")  # looked up at every call, so that a test or a benchmark may put another one there
 _register(lambda: _triton("triton_segment_stats", reference), "CUDA")
 _register_labels(lambda: labels, lambda: zones, "CompositeExplicitAutograd")
-_register_labels(lambda: _labels_for_cpu(), lambda: native_zones if _for_cpu() is native else zones, "CPU")
+_register_labels(lambda: _labels_for_cpu(), lambda: _zones_for_cpu(), "CPU")
 _register_labels(lambda: _triton("triton_components", labels), lambda: _triton("triton_zones", zones), "CUDA")
 
 # ---------------------------------------------------------------- fakes: shapes and dtypes, for tracing

@@ -54,7 +54,7 @@ def blob_loss(
         TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
 
     Synchronises:
-        As :class:`BlobLoss`: never with ``instances`` and ``max_instances`` given.
+        As :class:`BlobLoss`: never with ``max_instances`` given.
 
     Reference:
         Kofler et al. 2022, arXiv 2205.08209, eq. 1.
@@ -153,7 +153,7 @@ def blob_loss_terms(
         TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
 
     Synchronises:
-        As :class:`BlobLoss`: never with ``instances`` and ``max_instances`` given.
+        As :class:`BlobLoss`: never with ``max_instances`` given.
 
     Reference:
         Kofler et al. 2022, arXiv 2205.08209, eq. 1.
@@ -188,7 +188,7 @@ def blob_loss_instances(
         TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
 
     Synchronises:
-        As :class:`BlobLoss`: never with ``instances`` and ``max_instances`` given.
+        As :class:`BlobLoss`: never with ``max_instances`` given.
 
     Reference:
         Kofler et al. 2022, arXiv 2205.08209, eq. 1.

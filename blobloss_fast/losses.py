@@ -123,8 +123,8 @@ class BlobLoss(_InstanceLoss):
         RuntimeError: for tensors on different devices, or a second derivative.
 
     Synchronises:
-        Never with ``instances`` and ``max_instances`` given. ``max_instances=None`` reads the largest id from the
-        device. Without ``instances`` the target is copied to the CPU, labelled there, and the ids are copied back.
+        Never with ``max_instances`` given, which otherwise is read from the device. On a GPU without Triton, a target
+        without ``instances`` is copied to the CPU, labelled there, and the ids are copied back.
 
     Reference:
         Kofler et al. 2022, blob loss: instance imbalance aware loss functions for semantic segmentation,
@@ -258,7 +258,7 @@ class CCLoss(_InstanceLoss):
         TypeError, ValueError, RuntimeError: as :class:`BlobLoss`.
 
     Synchronises:
-        As :class:`BlobLoss`: never with ``max_instances`` and ``instances`` or ``zones`` given.
+        As :class:`BlobLoss`: never with ``max_instances`` given.
 
     Reference:
         Bouteille et al., arXiv 2511.17146 (CC-DiceCE); arXiv 2604.24276 (several classes); arXiv 2609.30223 (BiCC).

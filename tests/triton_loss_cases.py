@@ -13,11 +13,13 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
-from blobloss_fast import BlobLoss, _ops, criteria
-from blobloss_fast.kernels import reference, triton_segment_stats
+from blobloss_fast import BlobLoss, CCLoss, _ops, criteria
+from blobloss_fast.kernels import reference, triton_components, triton_segment_stats, triton_zones
 
-from . import scenes
-from .blob_loss_checks import COMPOUND, check
+from . import oracle_zones, scenes
+from .blob_loss_checks import COMPOUND, CRITERIA, check, translated, value_and_gradient
+from .tolerances import assert_fp64
+from .triton_launcher_cases import Quietly, RefuseSynchronisation
 
 # As in triton_interpreter_cases.py.
 pytestmark = [
@@ -69,3 +71,69 @@ def test_an_id_beyond_max_instances_is_never_merged():
     with pytest.raises(RuntimeError, match="max_instances"):
         loss(scene.logits, instances=scene.instances.clamp(max=1))
     assert torch.isfinite(loss(scene.logits, instances=scene.instances.clamp(max=1)))
+
+
+# ---------------------------------------------------------------------------------- from a bare mask
+
+
+@pytest.fixture
+def all_of_it(monkeypatch) -> list[str]:
+    """Labels and zones as well; the names of all kernels that are launched."""
+    monkeypatch.setattr(_ops, "_labels_for_cpu", lambda: triton_components)
+    monkeypatch.setattr(_ops, "_zones_for_cpu", lambda: triton_zones)
+    found: list = []
+    for module in (triton_components, triton_zones, triton_segment_stats):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Quietly(getattr(module, name), found))
+    return found
+
+
+OPTIONS = ({}, {"bidirectional": True}, {"instance_weight": "inverse_size", "empty_sample": 2.0})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_cc_loss_from_a_target_against_the_oracle(all_of_it, activation, options):
+    for scene in (scenes.scene(3, 1, "target_only", activation), scenes.scene(2, 2, "ignore_index", activation)):
+        spec = {"criterion": CRITERIA["dice+bce"], **scene.options, **options}
+        module = CCLoss(**translated(spec), max_instances=12)
+        ours = value_and_gradient(lambda x, m=module, s=scene: m(x, s.target), scene.logits)
+        truth = value_and_gradient(lambda x, k=spec, s=scene: oracle_zones.cc_loss(x, s.target, **k), scene.logits)
+        assert_fp64(ours[0], truth[0], scene.name)
+        assert_fp64(ours[1], truth[1], scene.name)
+
+
+@pytest.mark.parametrize(
+    ("loss", "launched"),
+    [
+        (BlobLoss, 5 + 1),
+        (CCLoss, 5 + 3 + 1),
+        (lambda **options: CCLoss(bidirectional=True, **options), 2 * (5 + 3 + 1)),
+        (lambda **options: BlobLoss(instance_weight="inverse_size", **options), 5 + 2),
+    ],
+    ids=["blob", "cc", "bidirectional", "weighted"],
+)
+def test_a_loss_from_a_bare_mask_never_waits(all_of_it, loss, launched):
+    """Labels five, zones one for each axis, the table one; backward one for each table with a loss."""
+    mask = scenes.scene(3, 1, "plain").instances > 0
+    logits = scenes.scene(3, 1, "plain").logits.requires_grad_()
+    module = loss(max_instances=12)
+    module(logits, mask).backward()  # makes the flag of the device
+    all_of_it.clear()
+    with RefuseSynchronisation():
+        value = module(logits, mask)
+    assert len(all_of_it) == launched
+    with RefuseSynchronisation():
+        value.backward()
+    assert len(all_of_it) == launched + (2 if launched == 18 else 1)
+
+
+def test_more_instances_than_there_is_room_for_are_loud(all_of_it):
+    scene = scenes.scene(3, 1, "plain")
+    mask = scene.instances > 0
+    for loss in (BlobLoss(max_instances=1), CCLoss(max_instances=1)):
+        assert torch.isnan(loss(scene.logits, mask))
+        with pytest.raises(RuntimeError, match="max_instances"):
+            loss(scene.logits, mask)
+        assert torch.isfinite(type(loss)(max_instances=9)(scene.logits, mask))
