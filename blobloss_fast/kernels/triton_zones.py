@@ -152,9 +152,7 @@ def nearest_in_row_kernel(
             tl.store(overflow_ptr, 1)
         left = tl.associative_scan(tl.where(ids > 0, lanes, _NOWHERE), 1, _larger)
         right = tl.associative_scan(tl.where(ids > 0, lanes, _INT32_MAX), 1, _smaller, reverse=True)
-        _store_nearest(
-            _nearer(left, right, lanes, row_ptrs), ids, row_ptrs, out_row_ptrs + lanes, inside, ONLY
-        )
+        _store_nearest(_nearer(left, right, lanes, row_ptrs), ids, row_ptrs, out_row_ptrs + lanes, inside, ONLY)
 
 
 # ---------------------------------------------------------------- along another axis
@@ -345,16 +343,14 @@ def nearest_instance(instances: Tensor, weights: Sequence[int]) -> Tensor:
         RuntimeError: for what an earlier call on this device was given.
         ValueError: weights that are not positive or too large, or an axis of 2^31 voxels.
     """
-    weights = checked_weights(weights, instances.shape[2:])
-    if any(n >= 2**31 for n in instances.shape[2:]):
-        raise ValueError(
-            f"spatial axes must be shorter than 2147483648 (2^31); got {list(instances.shape[2:])}: split the volume"
-        )
+    sizes = list(instances.shape[2:])
+    weights = checked_weights(weights, sizes)
+    if max(sizes) >= 2**31:
+        raise ValueError(f"spatial axes must be shorter than 2147483648 (2^31); got {sizes}: split the volume")
     out = torch.empty(instances.shape, dtype=torch.int32, device=instances.device)
-    axes = [(n, w) for n, w in zip(instances.shape[2:], weights, strict=True) if n != 1] or [(1, 1)]
-    overflow = None
-    if instances.dtype == torch.int64:
-        overflow = Overflow.on(instances.device)
+    axes = [(n, w) for n, w in zip(sizes, weights, strict=True) if n != 1] or [(1, 1)]
+    overflow = Overflow.on(instances.device) if instances.dtype == torch.int64 else None
+    if overflow is not None:
         overflow.raise_if_seen()
     if out.numel() > 0:
         with torch.cuda.device_of(instances):  # does nothing for a CPU tensor, that is, in the interpreter
