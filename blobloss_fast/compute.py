@@ -83,7 +83,7 @@ def _labels(
         guess=guess,
         wants_blob=wants_blob and (zones is None or instances is not None),
     )
-    if options.masking != ZONES or not wants_blob:
+    if not (options.in_zones and wants_blob):
         return labels
     labels = labels.in_zones(zones, options.spacing)
     return labels if zones is None else labels.with_capacity(options.max_instances, guess)
@@ -106,7 +106,7 @@ def _run(
         options.criterion.text if wants_blob else "",
         empty.text if wants_blob and empty is not None and reduction != "instances" else "",
     )
-    masking = options.masking if wants_blob or options.masking != ZONES else "exclude"
+    masking = ZONES if options.in_zones and wants_blob else options.masking
 
     def text(*rows: str) -> str:
         return "|".join((options.activation, masking, labels.channel0, reduction, *rows))
@@ -129,8 +129,8 @@ def _run(
 
 def _instance_weights(options: Options, counts: Tensor, labels: Partition, dtype: torch.dtype) -> Tensor:
     """Return the weight of every instance, ``[B, C, N]``; 1 of a zone without foreground."""
-    in_zones = options.masking == ZONES
-    voxels = counts.unflatten(2, (-1, 2))[:, :, 1:, 1] if in_zones else blob_counts(counts, labels.target is not None)
+    has_target = labels.target is not None
+    voxels = counts.unflatten(2, (-1, 2))[:, :, 1:, 1] if options.in_zones else blob_counts(counts, has_target)
     sizes = voxels.to(dtype)
     weights = options.instance_weight(sizes) if callable(options.instance_weight) else 1 / sizes
     if not isinstance(weights, Tensor) or weights.shape != sizes.shape or weights.is_complex():
@@ -139,7 +139,10 @@ def _instance_weights(options: Options, counts: Tensor, labels: Partition, dtype
             f"instance_weight must return one real weight for every size, a tensor {list(sizes.shape)}; got {got}"
         )
     weights = torch.where(sizes > 0, weights, 1).to(dtype)
-    on_host = weights.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and not bool(((weights >= 0) & weights.isfinite()).all()):
+    if _may_be_read(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError("instance_weight must return finite weights of at least 0; got others")
     return weights
+
+
+def _may_be_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

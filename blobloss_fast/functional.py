@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .compute import compute, compute_instances
 from .criteria import Criterion
-from .kernels.layout import ZONES
 from .options import DICE, InstanceWeight, Options
 
 
@@ -127,8 +126,8 @@ def cc_loss(
         tensor(0.8333)
     """
     options = Options(
-        criterion, main_criterion, main_weight, blob_weight, activation, include_background, ZONES, connectivity,
-        reduction, ignore_index, max_instances, instance_weight, empty_sample, spacing, bidirectional,
+        criterion, main_criterion, main_weight, blob_weight, activation, include_background, "exclude", connectivity,
+        reduction, ignore_index, max_instances, instance_weight, empty_sample, True, spacing, bidirectional,
     ).checked()  # fmt: skip
     return compute(options, logits, target, instances, options.reduction, zones)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .compute import compute, compute_instances
 from .criteria import Criterion
-from .kernels.layout import ZONES
 from .options import BLOB_OPTIONS, CC_OPTIONS, DICE, InstanceWeight, Options
 
 
@@ -296,13 +295,14 @@ class CCLoss(_InstanceLoss):
         bidirectional: bool = False,
     ) -> None:
         options = Options(
-            criterion, main_criterion, main_weight, blob_weight, activation, include_background, ZONES, connectivity,
-            reduction, ignore_index, max_instances, instance_weight, empty_sample, spacing, bidirectional,
+            criterion, main_criterion, main_weight, blob_weight, activation, include_background, "exclude",
+            connectivity, reduction, ignore_index, max_instances, instance_weight, empty_sample, True, spacing,
+            bidirectional,
         )  # fmt: skip
         super().__init__(options)
 
     def _defaults(self) -> Options:
-        return Options(masking=ZONES)
+        return Options(in_zones=True)
 
     def forward(
         self,

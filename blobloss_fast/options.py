@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks
 from .criteria import Criterion, common_gamma, dice, lesion_free
-from .kernels.layout import ACTIVATIONS, MASKINGS, ZONES
+from .kernels.layout import ACTIVATIONS, MASKINGS
 
 REDUCTIONS = ("mean", "none", "sum")
 INSTANCE_WEIGHTS = ("uniform", "inverse_size")
@@ -35,8 +35,9 @@ class Options(NamedTuple):
     max_instances: int | None = None
     instance_weight: InstanceWeight = "uniform"
     empty_sample: float | None = None
-    spacing: Sequence[float] | None = None  # of a CC loss, whose masking is ZONES
-    bidirectional: bool = False  # likewise
+    in_zones: bool = False  # whether it is a CC loss, which the rest is for
+    spacing: Sequence[float] | None = None
+    bidirectional: bool = False
 
     def checked(self) -> Options:
         """Return the options, or raise for the first that is wrong."""
@@ -52,7 +53,7 @@ class Options(NamedTuple):
             raise ValueError("main_weight and blob_weight must not both be 0: nothing would be left to learn from")
         _checks.one_of("activation", self.activation, ACTIVATIONS)
         _checks.flag("include_background", self.include_background)
-        _checks.one_of("masking", self.masking, (*MASKINGS, ZONES))
+        _checks.one_of("masking", self.masking, MASKINGS)
         _checks.one_of("connectivity", self.connectivity, (4, 8, 6, 18, 26))
         _checks.one_of("reduction", self.reduction, REDUCTIONS)
         ignore_index, max_instances = self.ignore_index, self.max_instances
@@ -88,5 +89,5 @@ class Options(NamedTuple):
         return None if self.empty_sample is None else lesion_free(self.empty_sample)
 
 
-BLOB_OPTIONS = tuple(name for name in Options._fields if name not in ("spacing", "bidirectional"))
-CC_OPTIONS = tuple(name for name in Options._fields if name != "masking")
+BLOB_OPTIONS = tuple(name for name in Options._fields if name not in ("in_zones", "spacing", "bidirectional"))
+CC_OPTIONS = tuple(name for name in Options._fields if name not in ("masking", "in_zones"))
