@@ -31,6 +31,7 @@ from blobloss_fast.kernels.layout import (
     NOT_A_PROBABILITY,
     NOT_BINARY,
     TOO_LARGE,
+    ZONES,
 )
 from tests.tolerances import assert_fp64
 
@@ -141,7 +142,7 @@ def header() -> str:
     [
         ("feature", "BL_", FEATURES),
         ("activation", "BL_", ACTIVATIONS),
-        ("masking", "BL_", [name.replace("none", "mask_none") for name in MASKINGS]),
+        ("masking", "BL_", [name.replace("none", "mask_none") for name in (*MASKINGS, ZONES)]),
         ("channel0", "BL_", CHANNEL0),
         ("reduction", "BL_", [name.replace("none", "no_reduction") for name in structs.REDUCTIONS]),
         ("type", "BL_", ["f16", "bf16", "f32", "f64", "bool", "u8", "i8", "i16", "i32", "i64"]),
