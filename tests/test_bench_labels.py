@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import blobloss_fast
 from bench import contestants, labels, workloads
 from tests import oracle_zones
 
@@ -75,3 +80,21 @@ def test_formula_of_the_cc_loss() -> None:
     volume = workloads.with_own_target(workloads.synthetic(12, 8, batch=2)).to(torch.float64)
     truth = oracle_zones.cc_loss(volume.logits, volume.mask.long(), volume.instances, criterion=((1.0, "dice", {}),))
     torch.testing.assert_close(contestants.CC_DICE(volume.logits, volume), truth, rtol=1e-12, atol=0)
+
+
+def test_pytest_benchmark_runs(tmp_path: Path) -> None:
+    """The smallest volumes of bench_labels.py, in their own process: pytest-benchmark is off under xdist."""
+    output = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "-k", "tiny and 2"]
+    command += ["-c", str(ROOT / "pyproject.toml"), f"--benchmark-json={output}"]
+    command += [str(ROOT / "bench" / "bench_labels.py")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(blobloss_fast.__file__).parents[1]), str(ROOT)])
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads(output.read_text(encoding="utf-8"))["benchmarks"]
+    seen = {(entry["name"].split("[")[0], entry["params"]["key"]) for entry in measured}
+    losses = [k for k in labels.LOSSES if importlib.util.find_spec("monai") or not k.startswith("monai")]
+    expected = {("test_components", key) for key in labels.COMPONENTS} | {("test_zones", key) for key in labels.ZONES}
+    assert seen == expected | {("test_losses_from_a_mask", key) for key in losses}
+    assert all(entry["stats"]["median"] > 0 for entry in measured)
