@@ -1,46 +1,18 @@
-"""The Triton kernels compiled for three generations of chips, without one: no spills, 16-byte loads and stores.
-
-In a process of its own: the interpreter's switch must not be set when Triton is imported.
-"""
+"""The Triton kernels compiled for three generations of chips, without one: no spills, 16-byte loads and stores."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from .offline_checks import MARKS, compiled_by, spilled
+
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(platform.system() != "Linux", reason="Triton's wheels and CUDA's tools are for Linux"),
-]
-SCRIPT = Path(__file__).with_name("triton_offline.py")
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    path = [str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-    found = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json"], env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert found.returncode == 0, found.stderr
-    answer = json.loads(found.stdout)
-    rows = answer["rows"]
-    columns = list(rows[0])
-    print(
-        f"\nTriton {answer['triton']}",
-        *[" ".join(f"{column}={row[column]}" for column in columns) for row in rows],
-        sep="\n",
-    )
-    return rows
+    return compiled_by("triton_offline", tmp_path_factory.mktemp("triton"))
 
 
 def label(row: dict) -> str:
@@ -54,8 +26,7 @@ def test_everything_was_compiled(compiled):
 
 
 def test_no_spills(compiled):
-    spilled = [label(row) for row in compiled if row["spills"] or row["local"] or row["stack"]]
-    assert not spilled
+    assert not spilled(compiled)
 
 
 def test_volumes_are_read_16_bytes_at_a_time(compiled):

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from .offline_checks import MARKS, compiled_by, spilled
+
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(platform.system() != "Linux", reason="Triton's wheels and CUDA's tools are for Linux"),
-]
-ROOT = Path(__file__).parents[1]
+pytestmark = MARKS
 BYTES = {"bool": 1, "class map": 1, "one-hot": 1, "bf16": 2, "fp32": 4, "int64": 8, "fp64": 8}
 THREAD = 16  # voxels of a thread in a tile
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    path = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-    found = subprocess.run(
-        [sys.executable, "-m", "tests.triton_offline_labels", "--json"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert found.returncode == 0, found.stderr
-    answer = json.loads(found.stdout)
-    rows = answer["rows"]
-    columns = list(rows[0])
-    print(
-        f"\nTriton {answer['triton']}",
-        *[" ".join(f"{column}={row[column]}" for column in columns) for row in rows],
-        sep="\n",
-    )
-    return rows
+    return compiled_by("triton_offline_labels", tmp_path_factory.mktemp("triton"))
 
 
 def label(row: dict) -> str:
@@ -64,7 +34,7 @@ def test_everything_was_compiled(compiled):
 
 
 def test_no_spills(compiled):
-    assert not [label(row) for row in compiled if row["spills"] or row["local"] or row["stack"]]
+    assert not spilled(compiled)
 
 
 def test_registers_leave_room_for_many_programs(compiled):

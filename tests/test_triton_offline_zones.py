@@ -1,46 +1,19 @@
-"""The kernels of nearest_instance compiled for three generations of chips, without one: no spills, 16-byte loads.
-
-In a process of its own: the interpreter's switch must not be set when Triton is imported.
-"""
+"""The kernels of nearest_instance compiled for three generations of chips, without one: no spills, 16-byte loads."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from .offline_checks import MARKS, compiled_by, spilled
+
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(platform.system() != "Linux", reason="Triton's wheels and CUDA's tools are for Linux"),
-]
-SCRIPT = Path(__file__).with_name("triton_offline_zones.py")
+pytestmark = MARKS
 ROW_VOXELS, TILE = 512, 16
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    path = [str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-    found = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json"], env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert found.returncode == 0, found.stderr
-    answer = json.loads(found.stdout)
-    columns = list(answer["rows"][0])
-    print(
-        f"\nTriton {answer['triton']}",
-        *[" ".join(f"{column}={row[column]}" for column in columns) for row in answer["rows"]],
-        sep="\n",
-    )
-    return answer["rows"]
+    return compiled_by("triton_offline_zones", tmp_path_factory.mktemp("triton"))
 
 
 def label(row: dict) -> str:
@@ -54,7 +27,7 @@ def test_everything_was_compiled(compiled):
 
 
 def test_no_spills(compiled):
-    assert not [label(row) for row in compiled if row["spills"] or row["local"] or row["stack"]]
+    assert not spilled(compiled)
 
 
 def test_enough_programs_fit_on_a_multiprocessor(compiled):
