@@ -171,7 +171,7 @@ class Finish {
     blob_scale_ = averaged ? a_.blob_weight / static_cast<double>(std::max<int64_t>(with_blobs, 1)) : a_.blob_weight;
     for (int64_t i = 0; i < num_pairs_; ++i) {
       pairs_[i].blob_grad = a_.reduction == BL_INSTANCES ? 1 : blob_scale_ * upstream(i, 1) / weight_of(pairs_[i]);
-      if (pairs_[i].is_empty) evaluate_empty(i);
+      if (pairs_[i].is_empty && a_.reduction != BL_INSTANCES) evaluate_empty(i);
     }
   }
 

@@ -17,7 +17,7 @@ namespace {
 using Bytes = std::vector<unsigned char>;
 using Random = std::mt19937;
 
-constexpr int kTypes = 10, kStats = 1 + BLOBLOSS_MAX_FEATURES, kRowSize = 4 + 4 * kStats;
+constexpr int kTypes = 10, kStats = 1 + BLOBLOSS_MAX_FEATURES, kRowHead = 6, kRowSize = kRowHead + 4 * kStats;
 const int64_t kSizes[] = {1, 7, 511, 512, 513, 8191, 8193, 20000, 20000};
 const int64_t kBytes[kTypes] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};
 const double kLargest[kTypes] = {2048, 256, 16777216, 9e15, 1, 255, 127, 32767, 2147483647, 9e15};  // whole numbers
@@ -112,8 +112,8 @@ struct Case {
   bl_problem problem = {};
   bl_finish finish = {};
   Volume logits, cells, target;
-  std::vector<double> main_rows, blob_rows, coefficients;
-  Bytes grad_sums, upstream;
+  std::vector<double> main_rows, blob_rows, empty_rows, coefficients;
+  Bytes grad_sums, upstream, weights;
   bool has_target = false, is_class_map = false, is_wild = false, wants_value = true, wants_gradient = true;
   int32_t expected = 0;  // status
 
@@ -183,11 +183,11 @@ void spoil(Random& random, Case& c, int64_t capacity) {
 std::vector<double> random_rows(Random& random, const bl_problem& p) {
   std::vector<double> rows;
   for (int64_t i = pick(random, 3); i >= 0; --i) {
-    double row[kRowSize] = {1, 1, 0, 1};
+    double row[kRowSize] = {1, 1, 0, 1, pick(random, 4) ? 1.0 : 0.5, pick(random, 4) ? 1.0 : 0.0};
     for (int j = 0; j < 4; ++j) {
       const int64_t f = pick(random, p.num_features + 1);
       const int64_t stat = f == p.num_features ? 0 : 1 + p.features[f];
-      row[4 + (j / 2 * 2 + pick(random, 2)) * kStats + stat] = j < 2 ? -2 : 0.5;
+      row[kRowHead + (j / 2 * 2 + pick(random, 2)) * kStats + stat] = j < 2 ? -2 : 0.5;
     }
     rows.insert(rows.end(), row, row + kRowSize);
   }
@@ -203,11 +203,14 @@ void prepare_finish(Random& random, Case& c) {
   f.blob_rows = c.blob_rows.data();
   f.num_main_rows = static_cast<int64_t>(c.main_rows.size()) / kRowSize;
   f.num_blob_rows = static_cast<int64_t>(c.blob_rows.size()) / kRowSize;
+  if (pick(random, 2)) c.empty_rows = random_rows(random, p);
+  f.empty_rows = c.empty_rows.data();
+  f.num_empty_rows = static_cast<int64_t>(c.empty_rows.size()) / kRowSize;
   f.batch = p.batch, f.channels = p.channels, f.num_cells = p.num_cells;
   f.gamma = p.gamma, f.main_weight = 0.5, f.blob_weight = 2;
   f.is_double = c.is_double(), f.has_target = c.has_target;
   f.activation = p.activation, f.channel0 = p.channel0;
-  f.masking = static_cast<int32_t>(pick(random, 4));
+  f.masking = static_cast<int32_t>(pick(random, c.has_target ? 5 : 4));  // zones need a target
   f.reduction = static_cast<int32_t>(pick(random, 5));
   f.num_features = p.num_features;
   memcpy(f.features, p.features, sizeof f.features);
@@ -216,6 +219,10 @@ void prepare_finish(Random& random, Case& c) {
   c.upstream.resize(static_cast<size_t>(sizes[f.reduction] * c.real()));
   for (size_t i = 0; i < c.upstream.size(); i += c.real()) store(c.real_type(), &c.upstream[i], 0.75);
   f.grad = pick(random, 2) ? c.upstream.data() : nullptr;
+  c.weights.resize(static_cast<size_t>(c.pairs() * instances * c.real()));
+  for (size_t i = 0; i < c.weights.size(); i += c.real())
+    store(c.real_type(), &c.weights[i], static_cast<double>(pick(random, 5)) / 4);
+  f.weights = pick(random, 2) ? c.weights.data() : nullptr;
   c.wants_value = pick(random, 4) != 0;
   c.wants_gradient = !c.wants_value || pick(random, 4) != 0;
 }

@@ -87,7 +87,7 @@ def empty_sample(counts: Tensor, sums: Tensor, features: tuple[str, ...]) -> Non
 
 
 def no_instance(counts: Tensor, sums: Tensor, features: tuple[str, ...]) -> None:
-    empty(counts, sums, ..., slice(1, None), slice(None))
+    empty(counts, sums, slice(None), slice(None), slice(1, None))
 
 
 def no_instance_in_one_pair(counts: Tensor, sums: Tensor, features: tuple[str, ...]) -> None:

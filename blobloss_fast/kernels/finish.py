@@ -291,7 +291,7 @@ def _gradient(
         _add(by_bit[:, :, :, 1:], {name: slope[:, :, 1:] for name, slope in d_pos.items()}, features)
         _add(by_bit[:, :, :, :1], {name: slope.sum(2, keepdim=True) for name, slope in d_neg.items()}, features)
         if spec.masking == "none":
-            others = {name: _sum_of_others(slope)[:, :, 1:] for name, slope in d_neg.items()}
+            others = {name: _sum_of_others(slope[:, :, 1:]) for name, slope in d_neg.items()}
             _add(by_bit[:, :, :, 1:], others, features)
     # Invalid labels have turned every sum NaN; a gradient scaler looks at gradients, and not every slope reads a sum.
     return grad_sums.masked_fill_(sums.isnan().all(), math.nan) if sums.numel() else grad_sums

@@ -107,6 +107,8 @@ def finish(
     instances = counts.numel() // (1 + has_target) - counts.shape[0] * counts.shape[1]
     if weights is not None and weights.numel() != instances:
         raise ValueError(f"weights must be [B, C, N] with {instances} elements in all; got {list(weights.shape)}")
+    if spec.masking == ZONES and not has_target:
+        raise ValueError("zones need a target, which says where in them the instances are; got none")
     rows = [_row_array(part) for part in (spec.main_rows, spec.blob_rows, spec.empty_rows)]
     return FINISH.pack(
         counts.data_ptr(),
