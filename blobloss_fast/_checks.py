@@ -150,13 +150,13 @@ def connectivity(value: Any, axes: int) -> None:
         )
 
 
-def spacing(value: Any, axes: int) -> list[float]:
-    """Require one positive finite number per spatial axis."""
+def spacing(value: Any, axes: int | None = None) -> list[float]:
+    """Require one positive finite number per spatial axis, where the number of axes is known."""
     if isinstance(value, str | Real) or not isinstance(value, Iterable):
-        raise TypeError(f"spacing must be a sequence of {axes} numbers, one per spatial axis; got {value!r}")
+        raise TypeError(f"spacing must be a sequence of numbers, one per spatial axis; got {value!r}")
     numbers = [number("spacing", one) for one in value]
-    if len(numbers) != axes:
+    if axes is not None and len(numbers) != axes:
         raise ValueError(f"spacing must have one number for each of the {axes} spatial axes; got {numbers}")
-    if min(numbers) <= 0:
+    if min(numbers, default=1) <= 0:
         raise ValueError(f"spacing must be above 0 along every axis; got {numbers}")
     return numbers

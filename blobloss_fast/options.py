@@ -65,6 +65,10 @@ class Options(NamedTuple):
             _checks.one_of("instance_weight", self.instance_weight, INSTANCE_WEIGHTS)
         if self.empty_sample is not None:
             lesion_free(self.empty_sample)
+        spacing = self.spacing
+        if spacing is not None:
+            _checks.spacing(spacing)
+            spacing = tuple(spacing)  # an array has no simple comparison
         _checks.flag("bidirectional", self.bidirectional)
         common_gamma(self.criterion, self.main_criterion or self.criterion)
         return self._replace(
@@ -73,6 +77,7 @@ class Options(NamedTuple):
             connectivity=int(self.connectivity),
             ignore_index=ignore_index,
             max_instances=max_instances,
+            spacing=spacing,
         )
 
     @classmethod

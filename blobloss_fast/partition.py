@@ -56,12 +56,11 @@ class Partition(NamedTuple):
         """
         target = self.instances > 0 if self.target is None else self.target
         if zones is None:
-            zones = _nearest_instance(self.instances, spacing)
+            zones = _nearest_instance(self.instances, self.channel0, spacing)
             return self._replace(instances=zones, target=target, max_instances=max(self.max_instances, 1))
         _checks.tensor("zones", zones)
         _checks.matching("zones", zones, self.instances, (self.instances.shape[1],))
-        zones = _checks.integers("zones", zones)
-        zones = zones.to(torch.int32) if zones.dtype == torch.uint8 else zones
+        zones = _signed(_checks.integers("zones", zones))
         return self._replace(instances=torch.where(self.instances < 0, -1, zones), target=target)
 
 
@@ -97,8 +96,7 @@ def partition(
         _checks.matching("instances", instances, logits, (1, 2) if softmax and channels == 2 else (channels,))
         instances = _checks.integers("instances", instances)
         if target is not None and ignore_index is not None:
-            signed = instances.to(torch.int32) if instances.dtype == torch.uint8 else instances
-            instances = torch.where(is_ignored(target, ignore_index), -1, signed)
+            instances = torch.where(is_ignored(target, ignore_index), -1, _signed(instances))
         elif target is None and channel0 == "background":
             instances, target = _with_background_class(instances, channels)
     elif target is not None:
@@ -131,7 +129,7 @@ def predicted_zones(logits: Tensor, labels: Partition, options: Options) -> Part
     predicted = (x > (0.0 if options.activation == "sigmoid" else 0.5)) & ~ignored
     components, counts = _ops.connected_components(predicted, options.connectivity)
     largest = int(counts.max()) if options.max_instances is None else options.max_instances
-    zones = _nearest_instance(components, options.spacing).masked_fill_(ignored, -1)
+    zones = _nearest_instance(components, labels.channel0, options.spacing).masked_fill_(ignored, -1)
     return labels._replace(instances=zones, max_instances=max(largest, 1), original_ids=None, is_guess=False)
 
 
@@ -161,5 +159,14 @@ def _largest_id(instances: Tensor, voxels: int) -> tuple[Tensor, int, Tensor | N
     return renumbered, original.numel(), original.to(torch.int64)
 
 
-def _nearest_instance(instances: Tensor, spacing: Sequence[float] | None) -> Tensor:
-    return _ops.nearest_instance(instances, squared_spacings(spacing, instances.shape[2:]))
+def _signed(ids: Tensor) -> Tensor:
+    return ids.to(torch.int32) if ids.dtype == torch.uint8 else ids
+
+
+def _nearest_instance(instances: Tensor, channel0: str, spacing: Sequence[float] | None) -> Tensor:
+    weights = squared_spacings(spacing, instances.shape[2:])
+    if channel0 == "class" or instances.shape[1] == 1:
+        return _ops.nearest_instance(instances, weights)
+    # The background class of a softmax has no zones: nothing is looked for there.
+    background = instances[:, :1].clamp(-1, 0).to(torch.int32)
+    return torch.cat([background, _ops.nearest_instance(instances[:, 1:], weights)], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -167,6 +168,20 @@ def test_bidirectional(name, activation):
 
 
 @pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
+def test_terms_of_a_bidirectional_loss(activation):
+    for prop in ("plain", "empty_sample", "disagree"):
+        scene = scenes.scene(3, 2, prop, activation)
+        spec = {"criterion": DICE_BCE, "bidirectional": True, "instance_weight": "inverse_size", **scene.options}
+        module, labels = CCLoss(**translated(spec)), (scene.target, scene.instances)
+        ours = value_and_gradient(lambda x, m=module, t=labels: torch.stack(m.terms(x, *t)), scene.logits)
+        truth = value_and_gradient(
+            lambda x, s=spec, t=labels: oracle_zones.cc_loss(x, *t, reduction="terms", **s), scene.logits
+        )
+        assert_fp64(ours[0], truth[0], prop)
+        assert_fp64(ours[1], truth[1], prop)
+
+
+@pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
 def test_bidirectional_without_any_predicted_component(activation):
     for prop in ("plain", "empty_sample", "no_instances"):
         scene = scenes.scene(2, 1, prop, activation)
@@ -296,6 +311,26 @@ def test_defaults_are_dice_with_a_sigmoid():
     truth = oracle_zones.cc_loss(scene.logits, scene.target, scene.instances, criterion=DICE)
     assert_fp64(CCLoss()(scene.logits, scene.target, scene.instances), truth)
     assert_fp64(cc_loss(scene.logits, scene.target, scene.instances), truth)
+
+
+def test_ids_of_any_size():
+    scene = scenes.scene(3, 2, "plain")
+    large = torch.where(scene.instances == 2, 10**9, scene.instances)
+    ours = value_and_gradient(lambda x: cc_loss(x, instances=large), scene.logits)
+    expected = value_and_gradient(lambda x: oracle_zones.cc_loss(x, instances=large, criterion=DICE), scene.logits)
+    assert_fp64(ours[0], expected[0])
+    assert_fp64(ours[1], expected[1])
+    losses, ids = CCLoss().instance_losses(scene.logits, instances=large)
+    assert ids.max() == 10**9 and losses.shape == ids.shape
+
+
+def test_a_spacing_of_any_kind():
+    scene = scenes.scene(3, 1, "plain")
+    expected = cc_loss(scene.logits, instances=scene.instances, spacing=(1.0, 1.0, 3.0))
+    for spacing in ([1, 1, 3], np.array([1.0, 1.0, 3.0]), (1, 1.0, 3)):
+        module = CCLoss(spacing=spacing)
+        assert "spacing=(" in repr(module)
+        assert torch.equal(module(scene.logits, instances=scene.instances), expected)
 
 
 def test_options_are_attributes():

@@ -212,7 +212,8 @@ def test_weights_of_spacings(monkeypatch: pytest.MonkeyPatch, spacing: object, e
 def test_weights_are_exact_fractions() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
-        spacing = tuple(float(value) for value in np.round(rng.uniform(0.06, 9, 3), rng.integers(1, 5)))
+        digits = rng.integers(1, 5)
+        spacing = tuple(np.maximum(np.round(rng.uniform(0.01, 9, 3), digits), 10.0**-digits).tolist())
         shape = tuple(rng.integers(1, 200, 3).tolist())
         assert labelling.squared_spacings(spacing, shape) == weights_of(spacing, shape)
 

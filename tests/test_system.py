@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import blobloss_fast
-from blobloss_fast import BlobLoss, blob_loss, criteria, segment_stats
+from blobloss_fast import BlobLoss, CCLoss, blob_loss, criteria, segment_stats
 from blobloss_fast.functional import Options
 
 # raised inside PyTorch's own compiler
@@ -92,6 +92,24 @@ def test_compile_fullgraph_equals_eager(labels):
             loss_and_grad(compiled, logits, **given), loss_and_grad(module, logits, **given), strict=True
         ):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True, "spacing": (1, 1.5, 3)}, {"instance_weight": lambda n: n >= 2, "empty_sample": 9.0}],
+    ids=["zones", "bidirectional", "weights"],
+)
+def test_compile_cc_loss_from_a_mask(options):
+    """Labels, zones, table and finish in one graph."""
+    torch._dynamo.reset()
+    module = CCLoss(criteria.dice() + criteria.bce(), max_instances=300, **options)
+    compiled = torch.compile(module, fullgraph=True)
+    for seed, size in enumerate([(9, 8, 7), (6, 5, 4)]):
+        logits, ids = volume(seed=seed, size=size)
+        for got, expected in zip(
+            loss_and_grad(compiled, logits, ids > 2), loss_and_grad(module, logits, ids > 2), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
 
 
 def test_compile_follows_a_weight_schedule():

@@ -1,4 +1,4 @@
-"""Connected components on the CPU, through connected-components-3d.
+"""Connected components through connected-components-3d: the fallback on every device, and the truth of the others.
 
 cc3d keeps Python's lock while it works, so two threads label two samples no faster than one: the samples come one after
 the other. What is done around it is kept small: comparisons that make one byte of a voxel, and of the volume no more
