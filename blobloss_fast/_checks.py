@@ -153,7 +153,8 @@ def connectivity(value: Any, axes: int) -> None:
 def spacing(value: Any, axes: int | None = None) -> list[float]:
     """Require one positive finite number per spatial axis, where the number of axes is known."""
     if isinstance(value, str | Real) or not isinstance(value, Iterable):
-        raise TypeError(f"spacing must be a sequence of numbers, one per spatial axis; got {value!r}")
+        wanted = "numbers" if axes is None else f"{axes} numbers"
+        raise TypeError(f"spacing must be a sequence of {wanted}, one per spatial axis; got {value!r}")
     numbers = [number("spacing", one) for one in value]
     if axes is not None and len(numbers) != axes:
         raise ValueError(f"spacing must have one number for each of the {axes} spatial axes; got {numbers}")
