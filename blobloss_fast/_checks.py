@@ -158,6 +158,6 @@ def spacing(value: Any, axes: int | None = None) -> list[float]:
     numbers = [number("spacing", one) for one in value]
     if axes is not None and len(numbers) != axes:
         raise ValueError(f"spacing must have one number for each of the {axes} spatial axes; got {numbers}")
-    if min(numbers, default=1) <= 0:
+    if min(numbers or [1.0]) <= 0:
         raise ValueError(f"spacing must be above 0 along every axis; got {numbers}")
     return numbers

@@ -1,6 +1,6 @@
 """Compile the kernels of nearest_instance for real chips on a machine that has none; as triton_offline.py does.
 
-``python tests/triton_offline_zones.py`` prints a table; ``--json`` prints the rows for the test.
+``python -m tests.triton_offline_zones`` prints a table; ``--json`` prints the rows for the test.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_offline import ALIGNED, ARCHITECTURES, inspect, show
 
 from blobloss_fast.kernels import triton_zones as module
+from tests.triton_offline import ALIGNED, ARCHITECTURES, inspect, show
 
 # name: dtype of the ids, voxels of a row at a time, then LONG, ONLY, LARGE
 ROWS = {
