@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-NAMES = ("interpreter", "launcher", "loss", "components", "label_target", "zones")
+NAMES = ("interpreter", "launcher", "table", "finish", "loss", "components", "label_target", "zones")
 CASES = [str(HERE / f"triton_{name}_cases.py") for name in NAMES]
 
 

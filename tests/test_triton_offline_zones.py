@@ -49,7 +49,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(compiled):
             assert row["ldg128"] == ids + left, label(row)
             assert row["ldg"] - row["ldg128"] == look_ups, label(row)
             assert row["stg128"] == passes * ROW_VOXELS * 4 // 32 // 16, label(row)
-            assert row["stg"] - row["stg128"] == ("i64" in row["case"]), label(row)  # the overflow flag
+            assert row["stg"] - row["stg128"] == ("i64" in row["case"]), label(row)  # the flag of invalid input
 
 
 def test_a_row_is_loaded_once_for_a_tile(compiled):

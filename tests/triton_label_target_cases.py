@@ -20,7 +20,7 @@ from blobloss_fast.kernels import labels
 from blobloss_fast.kernels import triton_components as kernels
 
 from .triton_components_cases import random_mask, scan_at_once, scipys  # noqa: F401
-from .triton_interpreter_cases import no_overflow_left_behind, patch_the_language_once_per_launch  # noqa: F401
+from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
 from .triton_launcher_cases import Quietly, RefuseSynchronisation
 
 # As in triton_interpreter_cases.py.
@@ -135,9 +135,9 @@ def test_the_loss_of_an_invalid_target_is_nan(monkeypatch):
     monkeypatch.setattr(_ops, "_for_cpu", lambda: triton_segment_stats)
     ids, _ = kernels.connected_components(torch.tensor([[[0, 1, 1, 0, 2, 1.0]]]), 26)
     assert ids.tolist() == [[[0, 1, 1, 0, INVALID_ID, 2]]]
-    kernels.Overflow._per_device.clear()  # it would raise already
+    kernels.Invalid._per_device.clear()  # it would raise already
     assert torch.isnan(BlobLoss(max_instances=2)(torch.zeros(1, 1, 6), instances=ids))
-    kernels.Overflow._per_device.clear()
+    kernels.Invalid._per_device.clear()
 
 
 def test_parents_of_64_bits(monkeypatch):
@@ -146,7 +146,7 @@ def test_parents_of_64_bits(monkeypatch):
     target = torch.tensor([[[0, 7, 1, 1, 7, 0, 1, 2]]])
     labels, counts = kernels.label_target(target, 1, False, False, 26, 7)
     assert labels.tolist() == [[[0, -1, 1, 1, -1, 0, 2, INVALID_ID]]] and counts.item() == 2
-    kernels.Overflow._per_device.clear()
+    kernels.Invalid._per_device.clear()
 
 
 # --------------------------------------------------------------------------- the launcher
@@ -188,15 +188,14 @@ class Operations(RefuseSynchronisation):
 def test_five_launches_one_clear_and_no_wait(launches, device, dtype):
     """On "meta" there is no data: reading any of it raises by itself. On "cpu" the kernels really run."""
     target = torch.ones(2, 3, 4, 5, 6, device=device).to(dtype)[:, 1:]  # channels are not dense: no copy
-    kernels.Overflow.on(target.device)
+    kernels.Invalid.on(target.device)
     for options in ((2, False, False, 26, None), (2, False, True, 6, 255)):
         launches.clear()
         with Operations() as mode:
             ids, counts = kernels.label_target(target, *options)
         assert [name for name, _ in launches] == [f"components_{name}_kernel" for name in NAMES]
         memory = sorted(name for name in mode.called if name not in ("view", "detach"))
-        assert memory == ["copy_", "empty", "empty", "zeros"]  # the flag's way to the host; labels, counts, the list
-        assert mode.copies == 1
+        assert memory == ["empty", "empty", "zeros"]  # labels, counts, the list
         assert ids.shape == (2, counts.shape[1], 4, 5, 6) and counts.dtype == torch.int64
 
 
@@ -214,7 +213,7 @@ def test_memory_besides_the_labels_is_two_numbers_per_tile(monkeypatch):
     taken = []
     zeros = torch.zeros
     mask = torch.zeros(3, 2, 5, kernels.TILE, dtype=torch.bool)
-    kernels.Overflow.on(mask.device)
+    kernels.Invalid.on(mask.device)
     monkeypatch.setattr(torch, "zeros", lambda *args, **options: taken.append(args[0]) or zeros(*args, **options))
     kernels.connected_components(mask, 4)
     assert taken == [4 + 2 * 3 * 2 * 5]

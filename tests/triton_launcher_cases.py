@@ -44,13 +44,9 @@ def test_a_volume_is_copied_only_if_its_spatial_axes_are_not_dense():
 
 
 class RefuseSynchronisation(TorchDispatchMode):
-    """Refuses what would make the host wait; lets one copy into the host's flag pass, if it does not wait."""
+    """Refuses what would make the host wait, and any copy between host and device."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "masked_select", "unique", "_unique2")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,12 +57,8 @@ class RefuseSynchronisation(TorchDispatchMode):
             raise AssertionError("a boolean index waits for the device")
         if name == "_to_copy" and kwargs.get("device") not in (None, args[0].device):
             raise AssertionError("a copy between host and device waits")
-        if name == "copy_" and (args[0].device != args[1].device or "non_blocking" in kwargs or len(args) > 2):
-            if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
-                raise AssertionError("a copy to the host waits")
-            self.copies += 1
-            if args[1].device.type == "meta":
-                return args[0]
+        if name == "copy_" and args[0].device != args[1].device:
+            raise AssertionError("a copy between host and device waits")
         return func(*args, **kwargs)
 
 
@@ -78,7 +70,7 @@ class Quietly:
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
-            self.launches.append(self.kernel)
+            self.launches.append(self.kernel.fn.__name__)
             if args[0].device.type == "cpu":
                 with _disable_current_modes():
                     self.kernel[grid](*args, **kwargs)
@@ -91,18 +83,17 @@ class Quietly:
 def test_launchers_never_wait(monkeypatch, device, with_target):
     """On "meta" there is no data: reading any of it raises by itself. On "cpu" the kernels really run."""
     launches: list = []
-    for name in ("segment_stats_fwd_kernel", "segment_stats_bwd_kernel"):
+    for name in ("segment_stats_fwd_kernel", "segment_stats_bwd_kernel", "read_table_kernel"):
         monkeypatch.setattr(kernels, name, Quietly(getattr(kernels, name), launches))
     logits = torch.rand(1, 2, 3, 4, device=device).transpose(2, 3)
     ids = torch.ones(1, 2, 4, 3, dtype=torch.int64, device=device)
     target = torch.ones(1, 2, 4, 3, dtype=torch.bool, device=device) if with_target else None
     options = (FEATURES, "softmax", 2.0, "background")
-    with RefuseSynchronisation() as mode:
-        for call in (1, 2):
+    with RefuseSynchronisation():
+        for _ in range(2):
             counts, sums = kernels.segment_stats_forward(logits, ids, target, 4, *options)
             grad = kernels.segment_stats_backward(sums, logits, ids, target, *options)
-            assert mode.copies == call
-    assert len(launches) == 4
+    assert launches == 2 * ["segment_stats_fwd_kernel", "read_table_kernel", "segment_stats_bwd_kernel"]
     assert counts.shape == (1, 2, 4)
     assert grad.shape == logits.shape
     if device == "cpu":
@@ -127,7 +118,7 @@ def test_the_refusal_refuses():
 
 def test_a_launch_copies_out_of_inference_mode():
     logits, ids = torch.zeros(1, 1, 4), torch.tensor([[[0, 1, 2, 3]]])
-    kernels.Overflow._per_device.clear()
+    kernels.Invalid._per_device.clear()
     for inference in (True, False, True):
         with torch.inference_mode(inference):
             counts, _ = kernels.segment_stats_forward(logits, ids, None, 4, ("prob",), "sigmoid", 2.0, "class")

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from blobloss_fast.kernels import triton_finish as finish
 from blobloss_fast.kernels import triton_segment_stats as module
 from blobloss_fast.kernels.layout import FEATURES
 
@@ -49,17 +50,33 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"{name} is not in Triton's wheel")
 
 
-def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool):
+# name: compute dtype, number of features, has a target, has weights, masking, reduction, from the table
+FINISHES = {
+    "dice fp32": ("fp32", 1, False, False, "apart", "mean", True),
+    "all features fp32 target weights": ("fp32", 6, True, True, "apart", "mean", True),
+    "all features fp32 others stay": ("fp32", 6, True, True, "none", "mean", True),
+    "dice+bce fp32 zones": ("fp32", 3, True, False, "zones", "mean", True),
+    "dice fp32 terms": ("fp32", 1, False, False, "apart", "terms", True),
+    "all features fp32 target terms, backward": ("fp32", 6, True, True, "none", "terms", False),
+    "all features fp64 target instances, backward": ("fp64", 6, True, False, "apart", "instances", False),
+}
+
+
+def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool, backend: str = "cuda"):
     """Compile as a launch on contiguous tensors would; ``aligned``: the number of voxels is divisible by 16."""
     dtype, features, activation, gamma, target = SPECIALISATIONS[specialisation]
-    pointers = {
+    compute = "fp64" if dtype == "fp64" else "fp32"
+    types = {
         "logits_ptr": f"*{dtype}",
         "cells_ptr": "*i32",
         "target_ptr": f"*{target or 'i32'}",
         "grad_ptr": f"*{dtype}",
-        "table_ptr": "*fp64",
-        "overflow_ptr": "*i32",
-        "grad_sums_ptr": "*fp64" if dtype == "fp64" else "*fp32",
+        "table_ptr": "*i64",
+        "real_ptr": "*fp64",
+        "invalid_ptr": "*i32",
+        "grad_sums_ptr": f"*{compute}",
+        "upstream_ptr": f"*{compute}",
+        "largest": "fp32",
     }
     constants = {
         "CODES": module.feature_codes(features),
@@ -68,30 +85,66 @@ def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool
         "GAMMA": gamma,
         "TARGET": "binary" if target else "none",
         "CHANNEL0": "class",
-        "BLOCK": module.BLOCK[activation],
+        "HAS_UPSTREAM": True,
+        "BLOCK": module.BLOCK,
+        "PART": 32 * module.NUM_WARPS,
     }
+    divisible = {name for name in kernel.arg_names if name == "num_voxels" or "_stride_" in name} if aligned else set()
+    registers = module.MAX_REGISTERS[torch.float64 if dtype == "fp64" else torch.float32]
+    return compiled(kernel, types, constants, divisible, module.NUM_WARPS, registers, architecture, backend)
+
+
+def compile_finish(specialisation: str, architecture: int, backend: str = "cuda"):
+    dtype, num_features, has_target, has_weights, masking, reduction, from_table = FINISHES[specialisation]
+    slots = finish.Slots.of(2, 50, num_features)
+    other = f"*{dtype}"
+    types = {
+        "table_ptr": "*i64",
+        "real_ptr": "*fp64",
+        "counts_ptr": "*i64",
+        "sums_ptr": "*fp64" if from_table else other,
+        "weights_ptr": other,
+        "grad_ptr": "*fp64" if from_table else other,
+        "rows_ptr": "*fp64",
+        "value_ptr": other,
+        "out_ptr": other,
+        **{f"{name}_weight{rest}": "fp32" for name in ("main", "blob") for rest in ("", "_rest")},
+    }
+    constants = {
+        "NUM_FEATURES": num_features,
+        "STATS": slots.stats,
+        "LANES": slots.lanes,
+        "HAS_TARGET": has_target,
+        "HAS_WEIGHTS": has_weights,
+        "MASKING": masking,
+        "REDUCTION": reduction,
+        "FROM_TABLE": from_table,
+    }
+    kernel, warps, registers = finish.finish_kernel, finish.NUM_WARPS, finish.MAX_REGISTERS
+    return compiled(kernel, types, constants, set(), warps, registers, architecture, backend)
+
+
+def compiled(kernel, types, constants, divisible, warps: int, registers: int, architecture, backend: str):
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = pointers.get(name, "i32")
-        divisible = name.endswith("_ptr") or (aligned and (name == "num_voxels" or "_stride_" in name))
-        if divisible:
+        signature[name] = types.get(name, "i32")
+        if name.endswith("_ptr") or name in divisible:
             attributes[(position,)] = [["tt.divisibility", ALIGNED]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {
-        "num_warps": module.NUM_WARPS[activation],
-        "maxnreg": module.MAX_REGISTERS[torch.float64 if dtype == "fp64" else torch.float32],
-        "enable_fp_fusion": False,
-    }
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    if backend == "cuda":
+        options["maxnreg"] = registers
+    target = GPUTarget(backend, architecture, 32 if backend == "cuda" else 64)
+    return triton.compile(ASTSource(kernel, signature, used, attributes), target=target, options=options)
 
 
-def inspect(compiled) -> dict[str, int]:
+def inspect(binary) -> dict[str, int]:
     """Registers, stack, shared memory and instruction counts of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
         read = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -104,7 +157,7 @@ def inspect(compiled) -> dict[str, int]:
         "stack": int(re.search(r"STACK:(\d+)", read)[1]),
         "local": int(re.search(r"LOCAL:(\d+)", read)[1]),
         "spills": count(r"(STL|LDL)(\..*)?"),
-        "shared": compiled.metadata.shared,
+        "shared": binary.metadata.shared,
         "ldg128": count(r"LDG\..*\b128\b.*"),
         "ldg": count(r"LDG(\..*)?"),
         "strong": count(r"LDG\..*STRONG.*"),
@@ -112,7 +165,7 @@ def inspect(compiled) -> dict[str, int]:
         "stg": count(r"STG(\..*)?"),
         "atomics": count(r"(ATOMG?|REDG?)(\..*)?"),
         "instructions": sum(opcodes.values()),
-        "cvt_rn": len(re.findall(r"cvt\.rn\.(?:bf16|f16)", compiled.asm["ptx"])),
+        "cvt_rn": len(re.findall(r"cvt\.rn\.(?:bf16|f16)", binary.asm["ptx"])),
     }
 
 
@@ -124,6 +177,10 @@ def rows(architectures: tuple[int, ...], aligned: bool = True) -> list[dict]:
                 found = inspect(compile_kernel(kernel, specialisation, architecture, aligned))
                 pass_name = kernel.fn.__name__.split("_")[2]
                 table.append({"pass": pass_name, "case": specialisation, "sm": architecture, **found})
+    for specialisation in FINISHES:
+        for architecture in architectures:
+            found = inspect(compile_finish(specialisation, architecture))
+            table.append({"pass": "finish", "case": specialisation, "sm": architecture, **found})
     return table
 
 

@@ -59,7 +59,7 @@ def compile_kernel(
 def compile_row(name: str, architecture: int):
     ids, block, long, only, large = ROWS[name]
     constants = {"ROWS": module.ROW_VOXELS // block, "BLOCK": block, "LONG": long, "ONLY": only, "LARGE": large}
-    types = {"instances_ptr": f"*{ids}", "out_ptr": "*i32", "overflow_ptr": "*i32"}
+    types = {"instances_ptr": f"*{ids}", "out_ptr": "*i32", "invalid_ptr": "*i32"}
     aligned = {"length", "stride_b", "stride_c"}
     registers = module.ROW_REGISTERS[long]
     return compile_kernel(module.nearest_in_row_kernel, architecture, constants, types, aligned, registers)

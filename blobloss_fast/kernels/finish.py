@@ -228,11 +228,16 @@ def _masked(background: Stats, blobs: Stats, spec: LossSpec) -> Stats:
         return background
     others = {name: _sum_of_others(stat) for name, stat in blobs.items() if spec.masking == "none" or name == COUNT}
     if spec.masking == "zero_logit":
-        prob = {"sigmoid": 0.5, "softmax": 1 / background[COUNT].shape[1], "none": 0.0}[spec.activation]
-        nll = -math.log1p(-prob)
-        at_zero = {"prob": prob, "prob_sq": prob * prob, "nll_neg": nll, "focal_neg": prob**spec.gamma * nll}
+        at_zero = at_zero_logit(spec.activation, background[COUNT].shape[1], spec.gamma)
         others |= {name: value * others[COUNT] for name, value in at_zero.items() if name in background}
     return background | {name: background[name] + stat for name, stat in others.items()}
+
+
+def at_zero_logit(activation: str, channels: int, gamma: float) -> dict[str, float]:
+    """Return what a negative voxel whose logits are 0 has of every feature; with activation "none", nothing."""
+    prob = {"sigmoid": 0.5, "softmax": 1 / channels, "none": 0.0}[activation]
+    nll = -math.log1p(-prob)
+    return {"prob": prob, "prob_sq": prob * prob, "nll_neg": nll, "focal_neg": prob**gamma * nll}
 
 
 def _sum_of_others(stat: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Overflow, rows
+from .triton_launch import Invalid, rows
 from .triton_union_find import (
     HEAD,
     IGNORED,
@@ -88,7 +88,7 @@ def _is_known(values, num_classes, CLASS_MAP: tl.constexpr):
 
 @triton.jit
 def _start_tile(
-    mask_ptr, labels_ptr, work_ptr, overflow_ptr, tile, start, remaining, channel, num_classes, width, ignore,
+    mask_ptr, labels_ptr, work_ptr, invalid_ptr, tile, start, remaining, channel, num_classes, width, ignore,
     stride_c, CLASS_MAP: tl.constexpr, ONE_HOT: tl.constexpr, HAS_IGNORE: tl.constexpr, TILE: tl.constexpr,
     TAIL: tl.constexpr
 ):
@@ -118,7 +118,7 @@ def _start_tile(
             label = tl.where(known, label, INVALID)
     found = tl.sum(tl.where(label == INVALID, 2 * TILE, hot.to(tl.int32)), 0)
     if found >= 2 * TILE:
-        tl.store(overflow_ptr, 1)
+        tl.store(invalid_ptr, 1)
     label = label.to(labels_ptr.dtype.element_ty)
     if found > 0:
         position = tl.atomic_add(work_ptr, 1, sem="relaxed")
@@ -136,7 +136,7 @@ def _start_tile(
 
 @triton.jit(do_not_specialize=["width", "num_tiles", "num_channels", "first_channel", "ignore"])
 def components_start_kernel(
-    mask_ptr, labels_ptr, work_ptr, overflow_ptr, num_voxels, width, num_tiles, num_channels, first_channel, ignore,
+    mask_ptr, labels_ptr, work_ptr, invalid_ptr, num_voxels, width, num_tiles, num_channels, first_channel, ignore,
     stride_b, stride_c, stride_row, CLASS_MAP: tl.constexpr, ONE_HOT: tl.constexpr, HAS_IGNORE: tl.constexpr,
     TILE: tl.constexpr
 ):
@@ -151,12 +151,12 @@ def components_start_kernel(
     num_classes = num_channels + first_channel
     if start + TILE <= num_voxels:
         _start_tile(
-            mask_ptr, labels_ptr, work_ptr, overflow_ptr, tile, start, TILE, channel, num_classes, width, ignore,
+            mask_ptr, labels_ptr, work_ptr, invalid_ptr, tile, start, TILE, channel, num_classes, width, ignore,
             stride_c, CLASS_MAP, ONE_HOT, HAS_IGNORE, TILE, False
         )
     else:
         _start_tile(
-            mask_ptr, labels_ptr, work_ptr, overflow_ptr, tile, start, (num_voxels - start).to(tl.int32), channel,
+            mask_ptr, labels_ptr, work_ptr, invalid_ptr, tile, start, (num_voxels - start).to(tl.int32), channel,
             num_classes, width, ignore, stride_c, CLASS_MAP, ONE_HOT, HAS_IGNORE, TILE, True
         )
 
@@ -201,8 +201,8 @@ def label_target(
 def _find(
     target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
 ) -> tuple[Tensor, Tensor]:
-    overflow = Overflow.on(target.device)
-    overflow.raise_if_seen()
+    invalid = Invalid.on(target.device)
+    invalid.raise_if_seen()
     returned = 1 if softmax and channels == 2 else channels
     spatial = target.shape[2:]
     device, voxels, volumes = target.device, spatial.numel(), target.shape[0] * returned
@@ -226,7 +226,7 @@ def _find(
     listed = (parents, work, voxels, tiles, volumes * tiles, stride_row)
     with torch.cuda.device_of(target):  # does nothing for a CPU tensor, that is, in the interpreter
         components_start_kernel[(volumes * tiles,)](
-            *(target, parents, work, overflow.flag, voxels, width, tiles, returned, channels - returned),
+            *(target, parents, work, invalid.flag, voxels, width, tiles, returned, channels - returned),
             *(ignore if has_ignore else 0, *strides, stride_row),
             CLASS_MAP=class_map,
             ONE_HOT=softmax and not class_map,
@@ -249,7 +249,6 @@ def _find(
             counts, work, tiles, volumes * tiles, CHUNK=CHUNK, num_warps=SCAN_WARPS, **limit
         )
         components_number_kernel[_share(device, volumes * tiles, WARPS)](*listed, TILE=TILE, num_warps=WARPS, **limit)
-    overflow.send_to_host()
     if parents is not labels:
         labels.copy_(parents)
     return labels, counts

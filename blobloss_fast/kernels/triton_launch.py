@@ -18,37 +18,32 @@ def target_kind(target: Tensor | None, channels: int) -> str:
     return "class_map" if target.shape[1] == 1 and channels > 1 else "binary"
 
 
-class Overflow:
+class Invalid:
     """Something invalid in an earlier call on a device: known to the host without ever waiting for the device.
 
-    Kernels set ``flag`` and never clear it, so that no later call can hide what an earlier one met. After each launch
-    it is copied, without waiting, into pinned memory, where the next call looks.
+    ``flag`` lies in pinned memory, which kernels reach over the bus: they set it where they meet something invalid, and
+    touch it nowhere else. They never clear it, so that no later call can hide what an earlier one met.
     """
 
-    _per_device: ClassVar[dict[torch.device, "Overflow"]] = {}
+    _per_device: ClassVar[dict[torch.device, "Invalid"]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        with torch.inference_mode(False):  # made under inference mode, they could not be written outside it
-            self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-            self.host = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        self._seen = self.host.numpy()  # the same memory, read past the dispatcher
+        with torch.inference_mode(False):  # made under inference mode, it could not be written outside it
+            self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self._seen = self.flag.numpy()  # the same memory, read past the dispatcher
 
     @classmethod
-    def on(cls, device: torch.device) -> "Overflow":
+    def on(cls, device: torch.device) -> "Invalid":
         if device not in cls._per_device:
             cls._per_device[device] = cls(device)
         return cls._per_device[device]
-
-    def send_to_host(self) -> None:
-        self.host.copy_(self.flag, non_blocking=True)
 
     def raise_if_seen(self) -> None:
         if not self._seen[0]:
             return
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # copies still under way would bring the flag back after the reset
-        self.flag.zero_()
+            torch.cuda.synchronize(self.device)  # kernels under way would set the flag again after the reset
         self._seen[0] = 0
         raise RuntimeError(
             f"an earlier call on {self.device} returned NaN, because where it was not ignored it met an id beyond "

@@ -38,29 +38,34 @@ def load(ptr, lanes, remaining, TAIL: tl.constexpr):
 
 
 @triton.jit
-def load_real(ptr, lanes, remaining, TAIL: tl.constexpr):
+def to_real(values):
     """Read as stored, compute in fp32 (fp64 stays fp64)."""
-    values = load(ptr, lanes, remaining, TAIL)
     if values.dtype != tl.float64:
         values = values.to(tl.float32)
     return values
 
 
 @triton.jit
-def load_cells(
-    cells_ptr,
-    target_ptr,
-    lanes,
-    remaining,
-    channel,
-    num_channels,
-    num_cells,
-    TARGET: tl.constexpr,
-    CHANNEL0: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """The cell of every voxel of a block, or a mark; int32, whatever integers the ids are."""
+def load_real(ptr, lanes, remaining, TAIL: tl.constexpr):
+    return to_real(load(ptr, lanes, remaining, TAIL))
+
+
+@triton.jit
+def load_labels(cells_ptr, target_ptr, lanes, remaining, TARGET: tl.constexpr, TAIL: tl.constexpr):
+    """Ids and target as they are; without a target the ids twice."""
     ids = load(cells_ptr, lanes, remaining, TAIL)
+    label = ids
+    if TARGET != "none":
+        label = load(target_ptr, lanes, remaining, TAIL)
+    return ids, label
+
+
+@triton.jit
+def to_cells(
+    ids, label, lanes, remaining, channel, num_channels, num_cells, TARGET: tl.constexpr, CHANNEL0: tl.constexpr,
+    TAIL: tl.constexpr
+):  # fmt: skip
+    """The cell of every voxel of a block, or a mark; int32, whatever integers the ids are."""
     if ids.dtype != tl.int64:
         ids = ids.to(tl.int32)
     ignored = ids < 0
@@ -73,7 +78,6 @@ def load_cells(
     invalid = ids >= num_cells  # before the cast: an id of 2^40 must not wrap into the table
     cell = tl.where(invalid, 0, ids).to(tl.int32)
     if TARGET != "none":
-        label = load(target_ptr, lanes, remaining, TAIL)
         if label.dtype.is_floating():
             if label.dtype != tl.float64:
                 label = label.to(tl.float32)
@@ -92,6 +96,15 @@ def load_cells(
         invalid = invalid | (cell >= num_cells) | (known == 0)
     cell = tl.where(invalid, INVALID, cell)
     return tl.where(ignored, IGNORED, cell)
+
+
+@triton.jit
+def load_cells(
+    cells_ptr, target_ptr, lanes, remaining, channel, num_channels, num_cells, TARGET: tl.constexpr,
+    CHANNEL0: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    ids, label = load_labels(cells_ptr, target_ptr, lanes, remaining, TARGET, TAIL)
+    return to_cells(ids, label, lanes, remaining, channel, num_channels, num_cells, TARGET, CHANNEL0, TAIL)
 
 
 # ---------------------------------------------------------------- features of one voxel
@@ -116,7 +129,7 @@ def prob_and_logs(z, ACTIVATION: tl.constexpr):
     else:
         e = tl.exp(-tl.abs(z))
         larger = 1.0 / (1.0 + e)
-        smaller = e / (1.0 + e)
+        smaller = e * larger
         p = tl.where(z >= 0.0, larger, smaller)
         q = tl.where(z >= 0.0, smaller, larger)
         tail = log1p(e)

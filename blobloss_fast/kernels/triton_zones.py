@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Overflow, rows
+from .triton_launch import Invalid, rows
 from .zones import checked_weights
 
 LINES = 32  # one line to a thread of a warp, so that maxima over a line's voxels never leave the thread
@@ -64,7 +64,7 @@ def _smaller(a, b):
 
 @triton.jit
 def _to_id(values):
-    """int32, whatever integers the ids are; what lies beyond becomes the largest id (and has set the overflow flag)."""
+    """int32, whatever integers the ids are; what lies beyond becomes the largest id (and has set the flag)."""
     if values.dtype == tl.int64:
         values = tl.where(values > _INT32_MAX, _INT32_MAX, tl.where(values < 0, -1, values))
     return values.to(tl.int32)
@@ -103,7 +103,7 @@ def _store_nearest(nearest, ids, row_ptrs, out_ptrs, inside, ONLY: tl.constexpr)
 # Bytes per voxel: the ids and 4, and 8 more where rows are longer than a tile.
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_channels"])
 def nearest_in_row_kernel(
-    instances_ptr, out_ptr, overflow_ptr, num_rows, length, num_blocks, num_channels, stride_b, stride_c,
+    instances_ptr, out_ptr, invalid_ptr, num_rows, length, num_blocks, num_channels, stride_b, stride_c,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr, ONLY: tl.constexpr, LARGE: tl.constexpr
 ):
     """out: [B, C, rows, length], the position in its row of the nearest instance voxel, NOWHERE if there is none."""
@@ -144,12 +144,12 @@ def nearest_in_row_kernel(
             right_carry = tl.min(right, 1)
             _store_nearest(_nearer(left, right, x, row_ptrs), ids, row_ptrs, out_row_ptrs + x, inside, ONLY)
         if too_large > 0:
-            tl.store(overflow_ptr, 1)
+            tl.store(invalid_ptr, 1)
     else:
         inside = (row_inside & (lanes < length)).to(tl.int1)
         ids = tl.load(row_ptrs + lanes, mask=inside, other=0)
         if _beyond_int32(ids) > 0:
-            tl.store(overflow_ptr, 1)
+            tl.store(invalid_ptr, 1)
         left = tl.associative_scan(tl.where(ids > 0, lanes, _NOWHERE), 1, _larger)
         right = tl.associative_scan(tl.where(ids > 0, lanes, _INT32_MAX), 1, _smaller, reverse=True)
         _store_nearest(_nearer(left, right, lanes, row_ptrs), ids, row_ptrs, out_row_ptrs + lanes, inside, ONLY)
@@ -349,14 +349,12 @@ def nearest_instance(instances: Tensor, weights: Sequence[int]) -> Tensor:
         raise ValueError(f"spatial axes must be shorter than 2147483648 (2^31); got {sizes}: split the volume")
     out = torch.empty(instances.shape, dtype=torch.int32, device=instances.device)
     axes = [(n, w) for n, w in zip(sizes, weights, strict=True) if n != 1] or [(1, 1)]
-    overflow = Overflow.on(instances.device) if instances.dtype == torch.int64 else None
-    if overflow is not None:
-        overflow.raise_if_seen()
+    invalid = Invalid.on(instances.device) if instances.dtype == torch.int64 else None
+    if invalid is not None:
+        invalid.raise_if_seen()
     if out.numel() > 0:
         with torch.cuda.device_of(instances):  # does nothing for a CPU tensor, that is, in the interpreter
-            _launch(instances, out, axes, out if overflow is None else overflow.flag)
-        if overflow is not None:
-            overflow.send_to_host()
+            _launch(instances, out, axes, out if invalid is None else invalid.flag)
     return out
 
 

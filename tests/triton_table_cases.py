@@ -1,0 +1,228 @@
+"""The integers of the table: range, resolution, and bits that do not depend on the order of the programs.
+
+Run by test_triton_interpreter.py in a process of its own, like triton_interpreter_cases.py.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from blobloss_fast import BlobLoss, _ops, criteria
+from blobloss_fast.kernels import reference, triton_table
+from blobloss_fast.kernels import triton_segment_stats as kernels
+from blobloss_fast.kernels.triton_table import add_sums, read_stats
+
+from .scenes import random_logits
+from .test_out_of_range import (  # noqa: F401  the same tests on this backend: they ask for the fixture below
+    test_a_whole_volume_of_one_such_logit,
+    test_far_out_gradients_are_no_wrong_numbers,
+    test_far_out_logits_of_a_large_volume,
+)
+from .triton_interpreter_cases import (  # noqa: F401
+    compare,
+    nothing_invalid_left_behind,
+    patch_the_language_once_per_launch,
+    random_ids,
+)
+
+# As in triton_interpreter_cases.py.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def backend() -> ModuleType:
+    return kernels
+
+
+# ------------------------------------------------------------------------------------------------- range and resolution
+
+
+@triton.jit
+def add_kernel(table_ptr, real_ptr, values_ptr, times, count, largest):
+    """Add a value to cell 0 many times, as a sum over so many voxels each, and the next one, of one, to cell 1."""
+    value = tl.load(values_ptr)
+    one = tl.load(values_ptr + 1)
+    for _ in range(times):
+        add_sums(table_ptr, real_ptr, 0, count, (value,), largest, count > 0, 1)
+    add_sums(table_ptr, real_ptr, 1, (count > 0).to(tl.int32), (one,), largest, count > 0, 1)
+
+
+@triton.jit
+def read_kernel(table_ptr, real_ptr, out_ptr):
+    cell = tl.arange(0, 2)[None, :]
+    stat = tl.arange(0, 2)[:, None]
+    stats = read_stats(table_ptr, real_ptr, 0.0, cell, stat, cell >= 0, 1)
+    tl.store(out_ptr + 2 * cell + stat, stats)
+
+
+def added(value: float, one: float, times: int, count: int, voxels: int) -> list[list[float]]:
+    """[[count, sum] of cell 0, [count, sum] of cell 1]"""
+    table, out = torch.zeros(8, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    values = torch.tensor([value, one], dtype=torch.float32)
+    add_kernel[(1,)](table.view(torch.int64), table, values, times, count, triton_table.largest(voxels))
+    read_kernel[(1,)](table.view(torch.int64), table, out)
+    return out.tolist()
+
+
+def test_2_31_voxels_of_1e4_beside_a_lone_millionth():
+    voxels, block = 2**31, 2**21
+    (count, total), (_, alone) = added(1e4 * block, 1e-6, voxels // block, block, voxels)
+    assert count == voxels
+    assert total == 1e4 * voxels
+    assert abs(alone - 1e-6) < 1e-14
+
+
+@pytest.mark.parametrize("log_voxels", [0, 10, 24, 31, 32])
+def test_nothing_wraps_at_the_limit_and_what_lies_beyond_is_added_as_it_is(log_voxels):
+    voxels = 2**log_voxels
+    times = min(voxels, 1024)
+    limit = 2.0**46 / voxels
+    for value in (limit, limit * (1 - 2.0**-20), limit * 1.5, limit * 1e9):
+        count = voxels // times
+        (_, total), _ = added(value * count, 0.5, times, count, voxels)
+        exact = float(torch.tensor(value * count, dtype=torch.float32)) * times
+        assert abs(total / exact - 1) < 1e-12, value
+    (_, total), (_, other) = added(float("inf"), 0.5, 3, 1, voxels)
+    assert (total, other) == (float("inf"), 0.5)
+    (_, total), (_, other) = added(float("nan"), 0.5, 3, 1, voxels)
+    assert total != total and other == 0.5
+
+
+def test_low_does_not_wrap_either():
+    """The largest rests that there are, as often as there may be voxels: in Python, of what the kernel adds once."""
+    table = torch.zeros(8, dtype=torch.float64)
+    rest = torch.tensor([2.0**-16 * (1 - 2.0**-24), 0.0])
+    add_kernel[(1,)](table.view(torch.int64), table, rest, 1, 1, triton_table.largest(2**32))
+    _, high, low, *_ = table.view(torch.int64).tolist()
+    assert high == 0
+    assert 0 < low <= 2**30
+    assert low * triton_table.MOST_VOXELS < 2**63
+    assert 2.0**46 * 2.0**16 < 2**63  # the sum of all that is added below the limit
+
+
+def test_more_voxels_than_the_integers_have_room_for():
+    shape = (1, 1, 2**32 + 1)
+    logits, ids = torch.zeros(1, 1, 1).expand(shape), torch.zeros(1, 1, 1, dtype=torch.int8).expand(shape)
+    with pytest.raises(ValueError, match=r"at most 4294967296 \(2\^32\) voxels"):
+        kernels.segment_stats_forward(logits, ids, None, 2, (), "sigmoid", 2.0, "class")
+
+
+# --------------------------------------------------------------------------------------------- several blocks a program
+
+
+def blocks_scene(name: str) -> tuple[torch.Tensor, int]:
+    """ids of two channels of seven blocks and a tail, and num_cells."""
+    shape = (1, 2, 23, 13, 12)
+    if name == "a giant":
+        ids = torch.ones(shape, dtype=torch.int32)
+        ids[..., 0] = 0
+        return ids, 2
+    if name == "a few in every block":
+        return (torch.arange(2 * 3588, dtype=torch.int32).view(shape) // 100 % 9).clamp(min=1) - 1, 9
+    if name == "a crowd":
+        return random_ids(shape, -1, 40), 40
+    if name == "late":
+        ids = torch.zeros(shape, dtype=torch.int32)
+        ids[0, 0, 15:] = 3
+        ids[0, 1, 20:, 4] = 1
+        ids[0, 1, 21:, 5] = 2
+        return ids, 4
+    raise ValueError(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["a giant", "a few in every block", "a crowd", "late"])
+def test_several_blocks_a_program(monkeypatch, name, dtype):
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 3)
+    ids, num_cells = blocks_scene(name)
+    features = ("prob", "nll_pos", "nll_neg")
+    compare(random_logits(ids.shape).to(dtype), ids, None, num_cells, features=features)
+    target = random_ids(ids.shape, 0, 2)
+    compare(random_logits(ids.shape).to(dtype), ids, target, 2 * num_cells, features=("prob",))
+
+
+def test_an_invalid_id_in_a_later_block(monkeypatch):
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 4)
+    ids = torch.zeros(1, 1, 2048, dtype=torch.int32)
+    ids[..., 100:900] = 1
+    ids[..., 1700] = 5
+    arguments = (None, 2, ("prob",), "sigmoid", 2.0, "class")
+    counts, sums = kernels.segment_stats_forward(torch.zeros(1, 1, 2048), ids, *arguments)
+    assert counts.tolist() == [[[1247, 800]]]
+    assert sums.isnan().all()
+    with pytest.raises(RuntimeError, match="max_instances"):
+        kernels.segment_stats_forward(torch.zeros(1, 1, 2048), ids.clamp(max=1), *arguments)
+
+
+def test_how_many_blocks_a_program_has():
+    found = [kernels.blocks_of_a_program(size**3 // kernels.BLOCK) for size in (16, 64, 128, 192, 256, 512)]
+    assert found == [1, 1, 4, 13, 16, 16]
+
+
+# ------------------------------------------------------------------------------------------------ order of the programs
+
+
+@pytest.mark.parametrize("order", ["backwards", "shuffled"])
+def test_the_order_of_the_programs_changes_no_bit(monkeypatch, order):
+    """The interpreter runs them one after the other; here, in another order. Crowded blocks and several tiles too."""
+    shape = (2, 2, 11, 13, 17)
+    ids, logits = random_ids(shape, -1, 40), random_logits(shape).float().requires_grad_()
+    ids[:, 0] = (ids[:, 0] > 20).int() * 2
+    monkeypatch.setattr(_ops, "_for_cpu", lambda: kernels)
+    monkeypatch.setattr(kernels.triton_finish, "LANES", dict.fromkeys(kernels.triton_finish.LANES, 16))
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 2)
+    losses = [BlobLoss(criteria.dice() + criteria.bce(), max_instances=40, reduction=r) for r in ("mean", "none")]
+
+    def results():
+        out = []
+        for loss in losses:
+            logits.grad = None
+            value = loss(logits, instances=ids)
+            value.sum().backward()
+            out += [value.detach(), logits.grad]
+        return out
+
+    expected = results()
+    builder, set_grid = interpreter.interpreter_builder, interpreter.interpreter_builder.set_grid_idx
+    generator, orders, moved = torch.Generator().manual_seed(1), {}, []
+
+    def elsewhere(x, y, z):
+        programs = builder.grid_dim[0]
+        moved.append(programs > 2)
+        if order == "backwards":
+            return set_grid(programs - 1 - x, y, z)
+        if x == 0:
+            orders[0] = torch.randperm(programs, generator=generator).tolist()
+        return set_grid(orders[0][x], y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", elsewhere)
+    for a, b in zip(results(), expected, strict=True):
+        assert torch.equal(a, b)
+    assert sum(moved) > 50
+
+
+def test_a_sample_has_the_same_bits_in_any_batch():
+    ids, logits = random_ids((3, 1, 9, 10, 11), 0, 5), random_logits((3, 1, 9, 10, 11)).float()
+    arguments = (None, 5, ("prob", "nll_pos"), "sigmoid", 2.0, "class")
+    _, together = kernels.segment_stats_forward(logits, ids, *arguments)
+    for b in range(3):
+        _, alone = kernels.segment_stats_forward(logits[b : b + 1], ids[b : b + 1], *arguments)
+        assert torch.equal(alone, together[b : b + 1])
+
+
+def test_the_reference_is_not_what_is_tested():
+    assert kernels.segment_stats_forward is not reference.segment_stats_forward
