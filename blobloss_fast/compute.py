@@ -70,7 +70,9 @@ def _labels(
             "channels: use criteria.bce(), which is one-vs-rest"
         )
     wants_blob = reduction in ("terms", "instances") or options.blob_weight > 0
-    guess = _USUAL_INSTANCES if reduction != "instances" and _ops.finds_large_ids(logits) else None
+    guess = None
+    if options.max_instances is None and reduction != "instances" and _ops.finds_large_ids(logits):
+        guess = _USUAL_INSTANCES
     labels = partition(
         logits,
         target,
@@ -119,7 +121,7 @@ def _run(
                     logits, *labels[:2], None, labels.max_instances, 0.0, 0.0, text("", "", "")
                 )
                 sizes = _instance_weights(options, counts, labels, nothing.dtype)
-        loss, counts, _ = _ops.blob_loss(logits, *labels[:2], sizes, labels.max_instances, *weights, text(*rows))
+        loss, counts, _ = _ops.run_blob_loss(logits, *labels[:2], sizes, labels.max_instances, *weights, text(*rows))
     except IdTooLargeError:
         if not labels.is_guess:
             raise

@@ -21,13 +21,13 @@ MARKS = [
 ]
 
 
-def compiled_by(script: str, cache: Path) -> list[dict]:
+def compiled_by(script: str, cache: Path, *options: str) -> list[dict]:
     """The rows that ``tests/<script>.py --json`` prints, one for every kernel and chip; printed as well."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     path = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-    command = [sys.executable, "-m", f"tests.{script}", "--json"]
+    command = [sys.executable, "-m", f"tests.{script}", "--json", *options]
     found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert found.returncode == 0, found.stderr
     answer = json.loads(found.stdout)

@@ -21,7 +21,7 @@ from blobloss_fast.kernels import triton_components as kernels
 
 from .triton_components_cases import random_mask, scan_at_once, scipys  # noqa: F401
 from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
-from .triton_launcher_cases import Quietly, RefuseSynchronisation
+from .triton_launcher_cases import Operations, Quietly
 
 # As in triton_interpreter_cases.py.
 pytestmark = [
@@ -169,18 +169,6 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
         kernel = f"components_{name}_kernel"
         monkeypatch.setattr(kernels, kernel, Recorded(getattr(kernels, kernel), found))
     return found
-
-
-class Operations(RefuseSynchronisation):
-    """Refuses what waits, and notes what is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.called.append(func.overloadpacket.__name__)
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -62,6 +62,18 @@ class RefuseSynchronisation(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class Operations(RefuseSynchronisation):
+    """Refuses what waits, and notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func.overloadpacket.__name__)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Quietly:
     """A kernel whose launch the mode does not see: the interpreter copies its arguments, a GPU launch does not."""
 

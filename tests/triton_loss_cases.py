@@ -18,9 +18,10 @@ from blobloss_fast.kernels import reference, triton_components, triton_finish, t
 
 from . import oracle_zones, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, check, translated, value_and_gradient
+from .test_native_finish import spec_of
 from .tolerances import assert_fp64
 from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
-from .triton_launcher_cases import Quietly, RefuseSynchronisation
+from .triton_launcher_cases import Operations, Quietly, RefuseSynchronisation
 
 # As in triton_interpreter_cases.py.
 pytestmark = [
@@ -69,6 +70,31 @@ def test_two_launches_forward_and_one_backward(launches):
     assert launches == [*FORWARD]
     value.backward()
     assert launches == [*FORWARD, *BACKWARD]
+
+
+@pytest.mark.parametrize(
+    ("reduction", "again"), [("mean", []), ("none", []), ("terms", ["empty_like", "zeros"]), ("instances", ["zeros"])]
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_else_a_step_asks_of_pytorch(launches, device, reduction, again):
+    """One clearing forward, and memory: no copy, nothing that would wait. Where the gradient has to wait for the
+    weights of several values, the table is finished, and so cleared, once more. On "meta" there is no data.
+    """
+    spec = spec_of(criteria.dice(), criteria.dice(), reduction, channel0="class")
+    logits, ids = torch.zeros(2, 1, 3, 4, device=device), torch.ones(2, 1, 3, 4, dtype=torch.int32, device=device)
+    step = triton_segment_stats.blob_loss, triton_segment_stats.blob_loss_backward
+    step[0](logits, ids, None, None, 3, ("prob",), spec)  # makes the coefficients on the device
+    launches.clear()
+    with Operations() as mode:
+        value, counts, saved = step[0](logits, ids, None, None, 3, ("prob",), spec)
+        forward, mode.called = mode.called, []
+        step[1](torch.ones_like(value), logits, ids, None, None, counts, saved, ("prob",), spec)
+    harmless = {"view", "detach"}
+    assert sorted(set(forward) - harmless) == ["empty", "zeros"]
+    assert forward.count("zeros") == 1
+    mode.called.remove("ones_like")
+    assert sorted(set(mode.called) - harmless) == sorted({"empty_like", *again})
+    assert launches == [*FORWARD, *([FORWARD[1]] if again else []), *BACKWARD]
 
 
 def test_an_id_beyond_max_instances_is_never_merged():

@@ -184,6 +184,32 @@ def rows(architectures: tuple[int, ...], aligned: bool = True) -> list[dict]:
     return table
 
 
+# Without a ROCm device or its tools: what Triton's own assembler and linker make of the kernels, from 3.7 on.
+HIP_ARCHITECTURE = "gfx942"
+ON_HIP = ("sigmoid dice fp32", "softmax dice+bce fp32", "sigmoid all features fp64 target")
+
+
+def rows_of_hip() -> list[dict]:
+    def row(pass_name: str, case: str, binary) -> dict:
+        read = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", binary.asm["amdgcn"])[1])  # noqa: E731
+        return {
+            "pass": pass_name,
+            "case": case,
+            "gfx": HIP_ARCHITECTURE,
+            "bytes": len(binary.asm["hsaco"]),
+            "registers": read("vgpr_count"),
+            "spills": read("vgpr_spill_count"),
+        }
+
+    kernels = {"fwd": module.segment_stats_fwd_kernel, "bwd": module.segment_stats_bwd_kernel}
+    table = [
+        row(name, case, compile_kernel(kernel, case, HIP_ARCHITECTURE, True, "hip"))
+        for name, kernel in kernels.items()
+        for case in ON_HIP
+    ]
+    return table + [row("finish", case, compile_finish(case, HIP_ARCHITECTURE, "hip")) for case in list(FINISHES)[:3]]
+
+
 def show(table: list[dict]) -> str:
     columns = list(table[0])
     cells = [columns, *([str(row[column]) for column in columns] for row in table)]
@@ -195,9 +221,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument("--sm", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
+    parser.add_argument("--hip", action="store_true", help=f"{HIP_ARCHITECTURE} instead")
     parser.add_argument("--unaligned", action="store_true", help="a number of voxels that is not divisible by 16")
     arguments = parser.parse_args()
-    table = rows(tuple(arguments.sm), aligned=not arguments.unaligned)
+    table = rows_of_hip() if arguments.hip else rows(tuple(arguments.sm), aligned=not arguments.unaligned)
     print(json.dumps({"triton": triton.__version__, "rows": table}) if arguments.json else show(table))
 
 

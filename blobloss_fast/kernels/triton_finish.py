@@ -33,7 +33,7 @@ from .triton_domains import (
     terms_of_pair,
     weights_of,
 )
-from .triton_launch import compute_dtype
+from .triton_launch import compute_dtype, divide_up, padded_stats
 from .triton_table import DONE, HEAD
 
 MOST_CHUNKS = 16
@@ -131,17 +131,20 @@ def finish_kernel(
         poison = is_poisoned(sums_ptr, num_cells.to(tl.int64) * num_pairs * NUM_FEATURES, LANES)
 
     # How many pairs share the blob term, and whether this one is empty.
+    first_pair = pair if not AVERAGED else 0
+    last_pair = pair + 1 if not AVERAGED else num_pairs
     with_blobs = 0
     is_empty = 0
-    for q in range(num_pairs):
-        if AVERAGED | (q == pair):
-            may_be_empty = ((num_empty > 0) & (ZONES == 0) & (q % num_channels >= first_channel)).to(tl.int32)
-            has_terms, found_empty = terms_of_pair(
-                table_ptr, real_ptr, counts_ptr, sums_ptr, weights_ptr, pair * 0 + q, num_cells, num_instances,
-                num_tiles, may_be_empty, NUM_FEATURES, HAS_TARGET, HAS_WEIGHTS, FROM_TABLE, LANES
-            )
-            with_blobs += has_terms
-            is_empty = tl.where(q == pair, found_empty, is_empty)
+    for q in range(first_pair, last_pair):
+        may_be_empty = ((num_empty > 0) & (q % num_channels >= first_channel)).to(tl.int32)
+        if ZONES:
+            may_be_empty = may_be_empty * 0
+        has_terms, found_empty = terms_of_pair(
+            table_ptr, real_ptr, counts_ptr, sums_ptr, weights_ptr, pair * 0 + q, num_cells, num_instances, num_tiles,
+            may_be_empty, NUM_FEATURES, HAS_TARGET, HAS_WEIGHTS, FROM_TABLE, LANES
+        )
+        with_blobs += has_terms
+        is_empty = tl.where(q == pair, found_empty, is_empty)
 
     # The totals of this pair.
     total0 = tl.zeros([STATS, LANES], tl.float64)
@@ -268,12 +271,12 @@ class Slots(NamedTuple):
     chunks: int
     doubles: int
 
-    @classmethod
-    def of(cls, pairs: int, instances: int, num_features: int) -> "Slots":
-        stats = triton.next_power_of_2(1 + num_features)
+    @staticmethod
+    def of(pairs: int, instances: int, num_features: int) -> "Slots":
+        stats = padded_stats(num_features)
         lanes = LANES[stats]
-        chunks = min(max(triton.cdiv(instances, lanes), 1), MOST_CHUNKS)
-        return cls(stats, lanes, chunks, pairs * chunks * (2 + 3 * stats))
+        chunks = min(max(divide_up(instances, lanes), 1), MOST_CHUNKS)
+        return Slots(stats, lanes, chunks, pairs * chunks * (2 + 3 * stats))
 
 
 def finish(
@@ -288,12 +291,12 @@ def finish(
     Returns:
         The value and what the backward pass needs, as ``finish.finish``, and the counts: value, counts, saved.
     """
-    dtype, shape = compute_dtype(logits), (*logits.shape[:2], num_cells)
-    new = functools.partial(torch.empty, device=logits.device)
+    device, dtype, shape = logits.device, compute_dtype(logits), (*logits.shape[:2], num_cells)
     instances = num_cells // (1 + has_target) - 1
     values = {"none": shape[:2], "terms": (2,), "instances": (*shape[:2], instances)}.get(spec.reduction, ())
-    value, counts = new(values, dtype=dtype), new(shape, dtype=torch.int64)
-    saved = new((*shape, len(features)), dtype=dtype)
+    value = torch.empty(values, dtype=dtype, device=device)
+    counts = torch.empty(shape, dtype=torch.int64, device=device)
+    saved = torch.empty((*shape, len(features)), dtype=dtype, device=device)
     _launch(table, counts, table, weights, table, value, saved, slots, features, has_target, spec, True)
     return value, counts, saved
 
@@ -315,6 +318,7 @@ def _launch(
     table: Tensor, counts: Tensor, sums: Tensor, weights: Tensor | None, grad: Tensor, value: Tensor, out: Tensor,
     slots: Slots, features: tuple[str, ...], has_target: bool, spec: LossSpec, from_table: bool
 ) -> None:
+    """On the current device."""
     batch, channels, num_cells = counts.shape
     if weights is not None:
         weights = weights.contiguous()
@@ -325,27 +329,25 @@ def _launch(
     unused = int(spec.channel0 == "unused")
     # An option that only CUDA's backend knows.
     limit = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
-    with torch.cuda.device_of(table):  # does nothing for a CPU tensor, that is, in the interpreter
-        finish_kernel[(batch * channels * slots.chunks,)](
-            table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
-            table.numel() - slots.doubles, batch * channels, channels, num_cells, slots.chunks, *numbers,
-            batch * (channels - unused), int(spec.channel0 != "class"), *_in_two(spec.main_weight),
-            *_in_two(spec.blob_weight),
-            NUM_FEATURES=len(features),
-            STATS=slots.stats,
-            LANES=slots.lanes,
-            HAS_TARGET=has_target,
-            HAS_WEIGHTS=weights is not None,
-            MASKING=spec.masking if spec.masking in ("none", ZONES) else "apart",
-            REDUCTION=spec.reduction,
-            FROM_TABLE=from_table,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-            **limit,
-        )
+    finish_kernel[(batch * channels * slots.chunks,)](
+        table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
+        table.numel() - slots.doubles, batch * channels, channels, num_cells, slots.chunks, *numbers,
+        batch * (channels - unused), int(spec.channel0 != "class"), *_in_two(spec.main_weight),
+        *_in_two(spec.blob_weight),
+        NUM_FEATURES=len(features),
+        STATS=slots.stats,
+        LANES=slots.lanes,
+        HAS_TARGET=has_target,
+        HAS_WEIGHTS=weights is not None,
+        MASKING=spec.masking if spec.masking in ("none", ZONES) else "apart",
+        REDUCTION=spec.reduction,
+        FROM_TABLE=from_table,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+        **limit,
+    )
 
 
-# fmt: on
 @functools.lru_cache
 def _in_two(weight: float) -> tuple[float, float]:
     """A number in two float32, which is how floats are handed to a kernel: together, 48 bits of it."""
@@ -369,7 +371,7 @@ def _coefficients(
     positive and of the negative side above, and below.
     """
     stats = (COUNT, *features)
-    padding = [0.0] * (triton.next_power_of_2(len(stats)) - len(stats))
+    padding = [0.0] * (padded_stats(len(features)) - len(stats))
     per_voxel = {} if masking in ("exclude", ZONES) else {COUNT: 1.0}
     if masking == "zero_logit":
         per_voxel |= at_zero_logit(activation, channels, gamma)

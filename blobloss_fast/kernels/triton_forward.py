@@ -224,7 +224,7 @@ def _sum_block_of_softmax(
         left = _other_cells(cell, nowhere, num_cells)
         lowest = tl.min(left, 0)
         if lowest < num_cells:
-            _add_other_cells(
+            nowhere = _add_other_cells(
                 left, lowest, nowhere, values, logits_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
                 poison_ptr, invalid_ptr, remaining, c, num_channels, num_cells, largest, logits_stride_c, CODES,
                 NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL

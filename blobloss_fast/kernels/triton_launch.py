@@ -12,6 +12,16 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def divide_up(a: int, b: int) -> int:
+    """``triton.cdiv`` takes as long as a small launch."""
+    return -(-a // b)
+
+
+def padded_stats(num_features: int) -> int:
+    """The count and the features, up to a power of two."""
+    return 1 << num_features.bit_length()
+
+
 def target_kind(target: Tensor | None, channels: int) -> str:
     if target is None:
         return "none"

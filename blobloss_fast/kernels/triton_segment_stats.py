@@ -9,15 +9,17 @@ move 16 bytes per instruction. Shapes and strides are run-time arguments, so a n
 is static is the meaning: features, activation, gamma, what a target is.
 """
 
+import functools
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 
 from . import triton_finish
 from .finish import LossSpec
 from .triton_backward import segment_stats_bwd_kernel
 from .triton_forward import segment_stats_fwd_kernel
-from .triton_launch import Invalid, compute_dtype, rows, target_kind
+from .triton_launch import Invalid, compute_dtype, divide_up, padded_stats, rows, target_kind
 from .triton_table import HEAD, MOST_VOXELS, largest, read_table_kernel
 from .triton_voxel import feature_codes
 
@@ -51,15 +53,15 @@ def segment_stats_forward(
         RuntimeError: for what an earlier call on this device was given.
         ValueError: more than 2^26 cells, or 2^32 voxels of a sample and channel.
     """
-    table = _sum(logits, cells, target, num_cells, 0, features, activation, gamma, channel0)
     shape = (*logits.shape[:2], num_cells)
     counts = torch.empty(shape, dtype=torch.int64, device=logits.device)
     sums = torch.empty((*shape, len(features)), dtype=compute_dtype(logits), device=logits.device)
-    stats = triton.next_power_of_2(1 + len(features))
+    stats = padded_stats(len(features))
     lanes = _READ_ELEMENTS // stats
-    if counts.numel():
-        with torch.cuda.device_of(logits):
-            read_table_kernel[(triton.cdiv(counts.numel(), lanes),)](
+    with torch.cuda.device_of(logits):  # does nothing for a CPU tensor, that is, in the interpreter
+        table = _sum(logits, cells, target, num_cells, 0, features, activation, gamma, channel0)
+        if counts.numel():
+            read_table_kernel[(divide_up(counts.numel(), lanes),)](
                 table.view(torch.int64), table, counts, sums, counts.numel(), NUM_FEATURES=len(features), STATS=stats,
                 LANES=lanes, enable_fp_fusion=False
             )
@@ -84,15 +86,18 @@ def segment_stats_backward(
     """
     num_cells = grad_sums.shape[2]
     _check_size(logits, num_cells)
-    grad_sums = grad_sums.to(compute_dtype(logits)).contiguous()
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dtype = compute_dtype(logits)
+    if grad_sums.dtype != dtype or not grad_sums.is_contiguous():
+        grad_sums = grad_sums.to(dtype).contiguous()
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     strides = (0, 0) if upstream is None or upstream.ndim == 0 else upstream.stride()
-    blocks = triton.cdiv(logits.shape[2:].numel(), BLOCK)
-    _launch(
-        segment_stats_bwd_kernel, blocks, logits, cells, target,
-        (grad_sums if upstream is None else upstream, grad_sums, grad), num_cells, (blocks,), strides, features,
-        activation, gamma, channel0, HAS_UPSTREAM=upstream is not None
-    )
+    blocks = divide_up(_voxels(logits), BLOCK)
+    with torch.cuda.device_of(logits):
+        _launch(
+            segment_stats_bwd_kernel, blocks, logits, cells, target,
+            (grad_sums if upstream is None else upstream, grad_sums, grad), num_cells, (blocks,), strides, features,
+            activation, gamma, channel0, True, upstream is not None
+        )
     return grad
 
 
@@ -103,10 +108,11 @@ def blob_loss(
     """The whole loss forward: value, counts, and what the backward pass needs, as in ``finish.finish``."""
     pairs = logits.shape[0] * logits.shape[1]
     slots = triton_finish.Slots.of(pairs, num_cells // (1 if target is None else 2) - 1, len(features))
-    table = _sum(
-        logits, instances, target, num_cells, slots.doubles, features, spec.activation, spec.gamma, spec.channel0
-    )
-    return triton_finish.finish(table, num_cells, slots, logits, features, target is not None, spec, weights)
+    with torch.cuda.device_of(logits):
+        table = _sum(
+            logits, instances, target, num_cells, slots.doubles, features, spec.activation, spec.gamma, spec.channel0
+        )
+        return triton_finish.finish(table, num_cells, slots, logits, features, target is not None, spec, weights)
 
 
 def blob_loss_backward(
@@ -116,7 +122,8 @@ def blob_loss_backward(
     """The gradient of the whole loss with respect to the logits, given that with respect to its value."""
     upstream: Tensor | None = grad
     if spec.reduction in ("terms", "instances"):
-        saved = triton_finish.finish_backward(grad, counts, saved, features, target is not None, spec, weights)
+        with torch.cuda.device_of(logits):
+            saved = triton_finish.finish_backward(grad, counts, saved, features, target is not None, spec, weights)
         upstream = None
     return segment_stats_backward(
         saved, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0, upstream
@@ -131,16 +138,17 @@ def _sum(
     _check_size(logits, num_cells)
     invalid = Invalid.on(logits.device)
     invalid.raise_if_seen()
-    batch, channels, voxels = logits.shape[0], logits.shape[1], logits.shape[2:].numel()
+    batch, channels = logits.shape[:2]
+    voxels = _voxels(logits)
     slots = HEAD + batch * channels * num_cells * (1 + 3 * len(features)) + room
     table = torch.zeros(slots, dtype=torch.float64, device=logits.device)
-    blocks = triton.cdiv(voxels, BLOCK)
+    blocks = divide_up(voxels, BLOCK)
     most_blocks = 1 if activation == "softmax" else blocks_of_a_program(blocks)
-    programs = triton.cdiv(blocks, most_blocks)
+    programs = divide_up(blocks, most_blocks)
     division = (programs, most_blocks, largest(voxels))
     _launch(
         segment_stats_fwd_kernel, programs, logits, cells, target, (table.view(torch.int64), table, invalid.flag),
-        num_cells, division, (), features, activation, gamma, channel0, PART=32 * NUM_WARPS
+        num_cells, division, (), features, activation, gamma, channel0, False, False
     )
     return table
 
@@ -153,45 +161,60 @@ def blocks_of_a_program(blocks: int) -> int:
 def _launch(
     kernel, programs: int, logits: Tensor, cells: Tensor, target: Tensor | None, tables: tuple[Tensor, ...],
     num_cells: int, division: tuple[float, ...], more_strides: tuple[int, ...], features: tuple[str, ...],
-    activation: str, gamma: float, channel0: str, **more
+    activation: str, gamma: float, channel0: str, backward: bool, has_upstream: bool
 ) -> None:
-    """``programs``: per sample and channel, or with a softmax per sample."""
+    """On the current device. ``programs``: per sample and channel, or with a softmax per sample."""
     batch, channels = logits.shape[:2]
     programs *= batch * (channels > 0) if activation == "softmax" else batch * channels
     if programs == 0:
         return
-    voxels = logits.shape[2:].numel()
+    voxels = _voxels(logits)
     logits, *logits_strides = rows(logits)
     cells, *cells_strides = rows(cells)
     label, *label_strides = (cells, 0, 0) if target is None else rows(target)
     if label.dtype == torch.bool:
         label = label.view(torch.uint8)
-    # An option that only CUDA's backend knows.
-    limit = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS[compute_dtype(logits)]}
+    static = _static(
+        features, activation, gamma, channel0, target_kind(target, channels), compute_dtype(logits), backward,
+        has_upstream
+    )
+    kernel[(programs,)](
+        logits, cells, label, *tables, voxels, channels, num_cells, *division, *logits_strides, *cells_strides,
+        *label_strides, *more_strides, **static
+    )
+
+
+@functools.lru_cache
+def _static(
+    features: tuple[str, ...], activation: str, gamma: float, channel0: str, target: str, dtype: torch.dtype,
+    backward: bool, has_upstream: bool
+) -> dict[str, Any]:
+    """What a kernel is compiled for."""
     focal = any(name.startswith("focal") for name in features)
-    with torch.cuda.device_of(logits):  # does nothing for a CPU tensor, that is, in the interpreter
-        kernel[(programs,)](
-            logits, cells, label, *tables, voxels, channels, num_cells, *division, *logits_strides, *cells_strides,
-            *label_strides, *more_strides,
-            CODES=feature_codes(features),
-            NUM_FEATURES=len(features),
-            ACTIVATION=activation,
-            GAMMA=float(gamma) if focal else 0.0,  # gamma that nobody reads must not compile again
-            TARGET=target_kind(target, channels),
-            CHANNEL0=channel0,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            **limit,
-            **more,
-            enable_fp_fusion=False,  # the compensated log1p must not be simplified
-        )
+    return {
+        "CODES": feature_codes(features),
+        "NUM_FEATURES": len(features),
+        "ACTIVATION": activation,
+        "GAMMA": float(gamma) if focal else 0.0,  # gamma that nobody reads must not compile again
+        "TARGET": target,
+        "CHANNEL0": channel0,
+        "BLOCK": BLOCK,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,  # the compensated log1p must not be simplified
+        **({"HAS_UPSTREAM": has_upstream} if backward else {"PART": 32 * NUM_WARPS}),
+        **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS[dtype]}),  # an option that only CUDA's backend knows
+    }
+
+
+def _voxels(logits: Tensor) -> int:
+    return logits.numel() // (logits.shape[0] * logits.shape[1] or 1)
 
 
 # fmt: on
 def _check_size(logits: Tensor, num_cells: int) -> None:
     if num_cells > _MAX_CELLS:
         raise ValueError(f"num_cells must be at most {_MAX_CELLS} (2^26) on this backend; got {num_cells}")
-    if logits.shape[2:].numel() > MOST_VOXELS:
+    if _voxels(logits) > MOST_VOXELS:
         raise ValueError(
             f"logits must have at most {MOST_VOXELS} (2^32) voxels per sample and channel on this backend; got "
             f"{list(logits.shape)}"
