@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.data import DataLoader, Dataset
 
 import blobloss_fast
@@ -135,6 +136,34 @@ def test_compile_with_dynamic_shapes():
             loss_and_grad(compiled, logits, instances=ids), loss_and_grad(module, logits, instances=ids), strict=True
         ):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", [BlobLoss, CCLoss])
+@pytest.mark.parametrize("labels", ["mask", "ids"])
+def test_no_recompilation_for_another_patch_or_number_of_instances(loss, labels):
+    """With dynamic shapes one compilation; left to itself, the compiler adds one for every axis that proves to vary."""
+    patches = [((2, 5, 6, 7), 1), ((2, 6, 7, 8), 3), ((3, 9, 8, 7), 0), ((4, 12, 5, 6), 9), ((2, 10, 11, 12), 5)]
+    for dynamic, expected in ((True, 5 * [1]), (None, [1, 2, 3, 3, 3])):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(loss(max_instances=9), fullgraph=True, dynamic=dynamic, backend=counter)
+        found = []
+        for (batch, *size), largest in patches:
+            logits = torch.randn(batch, 1, *size, requires_grad=True)
+            ids = torch.randint(0, largest + 1, logits.shape)
+            compiled(logits, instances=ids if labels == "ids" else None, target=ids > 0 if labels == "mask" else None)
+            found.append(counter.frame_count)
+        assert found == expected
+
+
+def test_a_growing_capacity_recompiles_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(blob_loss, fullgraph=True, backend=counter)
+    logits, ids = volume()
+    for capacity in (4, 5, 8, 20, 100):
+        compiled(logits, instances=ids, max_instances=capacity)
+    assert counter.frame_count <= 2
 
 
 def test_compile_softmax_terms_and_instances():
