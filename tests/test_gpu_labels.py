@@ -12,6 +12,7 @@ from torch import Tensor
 from blobloss_fast import _ops, connected_components
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]

@@ -11,6 +11,7 @@ from .zones_brute_force import batch, brute_force
 
 pytest.importorskip("triton")
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
