@@ -324,3 +324,22 @@ def test_backends_names_every_kind_of_device():
     )
     assert set(found) == {"cpu", "cuda", "other"}
     assert ("Triton is not installed" in found["cuda"]) != found["cuda"].startswith("triton")
+
+
+def test_backends_of_a_tensor_says_what_it_takes_and_why():
+    everywhere = blobloss_fast.backends()
+    dense, meta = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 4, 5, 6, device="meta")
+    found = blobloss_fast.backends(dense)
+    assert list(found) == ["losses", "components", "zones", "layout"]
+    assert found["losses"] == everywhere["cpu"]
+    native = blobloss_fast.kernels.native.available()
+    assert ("connected-components-3d" in found["components"]) != native
+    assert found["layout"] == blobloss_fast.backends(dense[:, 1:])["layout"] == "read as it is"
+    for strided in (dense.to(memory_format=torch.channels_last_3d), dense[..., 1:]):
+        assert ("copied" in blobloss_fast.backends(strided)["layout"]) == native
+    assert blobloss_fast.backends(meta)["losses"].endswith("no kernels for meta devices")
+    assert "connected-components-3d" in blobloss_fast.backends(meta)["components"]
+    with pytest.raises(ValueError, match=r"tensor must be \[B, C, \*spatial\]"):
+        blobloss_fast.backends(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        blobloss_fast.backends("cpu")
