@@ -35,7 +35,7 @@ def test_registers_leave_room_for_enough_programs(compiled):
     KiB cover the latency of an H100's memory."""
     for row in compiled:
         if "dice fp32" in row["case"] and row["pass"] == "fwd":
-            assert row["registers"] <= 96, label(row)  # five programs
+            assert row["registers"] <= 96, label(row)  # five programs, also with offsets of 64 bits
         if "dice+bce" in row["case"] and row["pass"] == "fwd":
             assert row["registers"] <= 128, label(row)  # four
         if row["pass"] == "bwd" and row["case"].startswith("sigmoid dice"):

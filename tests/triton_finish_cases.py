@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from blobloss_fast import criteria
 from blobloss_fast.kernels import finish as pytorch
-from blobloss_fast.kernels import triton_finish
+from blobloss_fast.kernels import triton_coefficients, triton_finish
 from blobloss_fast.kernels.layout import MASKINGS, ZONES, features_of
 from blobloss_fast.kernels.triton_table import HEAD
 
@@ -155,17 +155,17 @@ def test_any_number_of_instances(blobs):
 
 
 def test_weights_of_the_terms_keep_48_bits():
-    single, rest = triton_finish._in_two(0.1)
+    single, rest = triton_coefficients.in_two(0.1)
     assert torch.tensor(single, dtype=torch.float32).double().item() == single
     assert abs(single + torch.tensor(rest, dtype=torch.float32).double().item() - 0.1) < 1e-15
 
 
 def test_coefficients_are_made_once_whatever_the_weights_of_the_terms():
     """Weights change from step to step where they are annealed; nothing may be sent to the device for that."""
-    triton_finish._coefficients.cache_clear()
+    triton_coefficients.coefficients.cache_clear()
     features = features_of(criteria.dice().rows)
     table = scene(CHANGES[0], features, "exclude", False, 3, batch=1)
     spec = spec_of(criteria.dice(), criteria.dice())
     for weight in (1.0, 0.5, 0.25):
         check(*table, features, False, spec._replace(main_weight=weight, blob_weight=1 - weight / 2), None)
-    assert triton_finish._coefficients.cache_info().misses == 1
+    assert triton_coefficients.coefficients.cache_info().misses == 1

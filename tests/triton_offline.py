@@ -39,6 +39,7 @@ SPECIALISATIONS = {
     "none all features fp32": ("fp32", FEATURES, "none", 2.0, None),
     "sigmoid all features fp64 target": ("fp64", FEATURES, "sigmoid", 2.0, "u8"),
     "sigmoid focal fp32": ("fp32", ("focal_pos", "focal_neg"), "sigmoid", 2.0, None),
+    "sigmoid dice fp32, 2^31 voxels": ("fp32", ("prob",), "sigmoid", 0.0, None),
 }
 
 
@@ -89,7 +90,10 @@ def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool
         "BLOCK": module.BLOCK,
         "PART": 32 * module.NUM_WARPS,
     }
-    divisible = {name for name in kernel.arg_names if name == "num_voxels" or "_stride_" in name} if aligned else set()
+    sizes = {name for name in kernel.arg_names if name == "num_voxels" or "_stride_" in name}
+    if "2^31" in specialisation:
+        types |= dict.fromkeys(sizes, "i64")
+    divisible = sizes if aligned else set()
     registers = module.MAX_REGISTERS[torch.float64 if dtype == "fp64" else torch.float32]
     return compiled(kernel, types, constants, divisible, module.NUM_WARPS, registers, architecture, backend)
 

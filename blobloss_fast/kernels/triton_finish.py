@@ -12,8 +12,6 @@ Bytes: the table once for every program of its pair, and once more; counts and g
 nothing of that counts: one tile, and the chain of loads that wait for one another, perhaps 6 us.
 """
 
-import functools
-from array import array
 from typing import NamedTuple
 
 import torch
@@ -21,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .finish import LossSpec, at_zero_logit
-from .layout import COLUMNS, COUNT, ROW_HEAD, SIDES, ZONES, rows_of
+from .finish import LossSpec
+from .layout import ZONES
+from .triton_coefficients import coefficients, in_two
 from .triton_domains import (
     evaluate,
     evaluate_instances,
@@ -323,17 +322,15 @@ def _launch(
     if weights is not None:
         weights = weights.contiguous()
     parts = (spec.main_rows, spec.blob_rows, spec.empty_rows)
-    rows, numbers, _ = _coefficients(
-        spec.activation, spec.gamma, parts, spec.masking, channels, features, table.device
-    )
+    criterion = coefficients(spec.activation, spec.gamma, parts, spec.masking, channels, features, table.device)
     unused = int(spec.channel0 == "unused")
     # An option that only CUDA's backend knows.
     limit = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     finish_kernel[(batch * channels * slots.chunks,)](
-        table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
-        table.numel() - slots.doubles, batch * channels, channels, num_cells, slots.chunks, *numbers,
-        batch * (channels - unused), int(spec.channel0 != "class"), *_in_two(spec.main_weight),
-        *_in_two(spec.blob_weight),
+        table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, criterion.tensor(),
+        value, out, table.numel() - slots.doubles, batch * channels, channels, num_cells, slots.chunks, *criterion.rows,
+        batch * (channels - unused), int(spec.channel0 != "class"), *in_two(spec.main_weight),
+        *in_two(spec.blob_weight),
         NUM_FEATURES=len(features),
         STATS=slots.stats,
         LANES=slots.lanes,
@@ -346,43 +343,3 @@ def _launch(
         enable_fp_fusion=False,
         **limit,
     )
-
-
-@functools.lru_cache
-def _in_two(weight: float) -> tuple[float, float]:
-    """A number in two float32, which is how floats are handed to a kernel: together, 48 bits of it."""
-    (single,) = array("f", [weight])
-    return single, weight - single
-
-
-@functools.cache  # never given up: a captured graph may read it
-def _coefficients(
-    activation: str,
-    gamma: float,
-    parts: tuple[tuple[float, ...], ...],
-    masking: str,
-    channels: int,
-    features: tuple[str, ...],
-    device: torch.device,
-) -> tuple[Tensor, tuple[int, ...], Tensor]:
-    """What the kernel needs of a criterion, on the device, its number of rows of every part, and where it came from.
-
-    First what a masked voxel of the others adds to every stat; then the rows: their head, and the coefficients of the
-    positive and of the negative side above, and below.
-    """
-    stats = (COUNT, *features)
-    padding = [0.0] * (padded_stats(len(features)) - len(stats))
-    per_voxel = {} if masking in ("exclude", ZONES) else {COUNT: 1.0}
-    if masking == "zero_logit":
-        per_voxel |= at_zero_logit(activation, channels, gamma)
-    numbers = [*(per_voxel.get(stat, 0.0) for stat in stats), *padding]
-    rows = [rows_of(part) for part in parts]
-    for row in (row for part in rows for row in part):
-        numbers += row[:ROW_HEAD]
-        for half in (row[ROW_HEAD : ROW_HEAD + len(COLUMNS)], row[ROW_HEAD + len(COLUMNS) :]):
-            by_column = dict(zip(COLUMNS, half, strict=True))
-            for side in SIDES:
-                numbers += [*(by_column[side, stat] for stat in stats), *padding]
-    with torch.inference_mode(False):
-        on_host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
-        return on_host.to(device, non_blocking=True), tuple(map(len, rows)), on_host
