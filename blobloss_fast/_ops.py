@@ -257,8 +257,10 @@ class BlobLossFunction(torch.autograd.Function):
 
 
 def run_blob_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``blob_loss``, past its dispatch to autograd, which takes 5 us, unless that has to be traced."""
-    return blob_loss(*args) if torch.compiler.is_compiling() else BlobLossFunction.apply(*args)
+    """The operator ``blob_loss``, past its dispatch to autograd, which takes 5 us, unless something has to see it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return blob_loss(*args)
+    return BlobLossFunction.apply(*args)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -316,6 +316,15 @@ def test_one_pass_over_the_volume_each_way(monkeypatch):
     assert calls == ["forward", "backward"]
 
 
+def test_vmap_over_the_loss():
+    """It goes through the operator, sample by sample; past the operator there would be no rule for it."""
+    logits, ids = volume()
+    loss = BlobLoss(max_instances=5)
+    mapped = torch.vmap(lambda x, i: loss(x[None], instances=i[None]))(logits, ids)
+    expected = torch.stack([loss(x[None], instances=i[None]) for x, i in zip(logits, ids, strict=True)])
+    torch.testing.assert_close(mapped, expected, rtol=0, atol=0)
+
+
 def test_backends_names_every_kind_of_device():
     found = blobloss_fast.backends()
     native = blobloss_fast.kernels.native

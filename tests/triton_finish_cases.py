@@ -40,7 +40,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_finish, "LANES", dict.fromkeys(triton_finish.LANES, 32))
 
 
-def filled(counts: Tensor, sums: Tensor, room: int) -> Tensor:
+def filled(counts: Tensor, sums: Tensor, room: int, numbers: Tensor) -> Tensor:
     """A table as the forward pass leaves it."""
     stats = [counts.double().long()]
     for values in sums.double().unbind(-1):
@@ -51,7 +51,7 @@ def filled(counts: Tensor, sums: Tensor, room: int) -> Tensor:
     head = torch.zeros(HEAD, dtype=torch.float64)
     head[0] = float("nan") if sums.numel() and sums.isnan().all() else 0.0  # the poison
     table = torch.cat([head.view(torch.int64), torch.stack(stats, -1).flatten(), torch.zeros(room, dtype=torch.int64)])
-    return table.view(torch.float64)
+    return torch.cat([table.view(torch.float64), numbers])
 
 
 def in_units(sums: Tensor) -> Tensor:
@@ -77,9 +77,11 @@ def check(counts: Tensor, sums: Tensor, features, has_target: bool, spec, weight
     batch, channels, num_cells = counts.shape
     slots = triton_finish.Slots.of(batch * channels, num_cells // (1 + has_target) - 1, len(features))
     logits = torch.empty(batch, channels, dtype=dtype)
+    criterion = triton_finish.coefficients_of(spec, channels, features, logits.device)
     weights_there = None if weights is None else weights.to(dtype)
     value, found, saved = triton_finish.finish(
-        filled(counts, sums, slots.doubles), num_cells, slots, logits, features, has_target, spec, weights_there
+        *(filled(counts, sums, slots.doubles, criterion.numbers), num_cells, slots, criterion, logits),
+        *(features, has_target, spec, weights_there),
     )
     about = f"of {spec.reduction}, {spec.masking}, target {has_target}, {spec.channel0}"
     truth, expected = pytorch.finish(counts, sums, features, has_target, spec, weights)

@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 from blobloss_fast.kernels import reference
 from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels.layout import FEATURES
-from blobloss_fast.kernels.triton_voxel import log1p
+from blobloss_fast.kernels.triton_voxel import exp, log1p
 
 from .scenes import random_logits
 from .test_segment_stats import (  # noqa: F401  the same tests on this backend: they ask for the fixture below
@@ -232,6 +232,28 @@ def test_log1p_over_the_whole_range(dtype):
     exact = np.log1p(y.numpy().astype(np.longdouble))
     off = np.abs(out.numpy().astype(np.longdouble) - exact)
     assert (off <= 3 * info.eps * np.abs(exact)).all(), float((off / np.maximum(np.abs(exact), info.tiny)).max())
+
+
+@triton.jit
+def exp_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(out_ptr + lanes, exp(tl.load(x_ptr + lanes)))
+
+
+def test_exp_over_the_whole_range():
+    """The reduction of its argument; what a GPU's 2^x adds, for |x| <= 1/2, is 2 ulp."""
+    x = torch.cat([torch.linspace(-110, 90, 4090), torch.tensor([0.0, -0.0, 1e-30, -torch.inf, torch.inf, torch.nan])])
+    out = torch.empty_like(x)
+    exp_kernel[(1,)](x, out, BLOCK=len(x))
+    exact = np.exp(x.numpy().astype(np.longdouble))
+    tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    for value, truth in zip(out.tolist(), exact, strict=True):
+        if np.isnan(truth):
+            assert np.isnan(value)
+        elif truth > largest:
+            assert value == np.inf
+        else:
+            assert abs(value - truth) <= 3e-7 * truth + 1e-7 * tiny, (value, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -112,6 +112,22 @@ def test_launchers_never_wait(monkeypatch, device, with_target):
         assert torch.equal(counts, reference.segment_stats_forward(logits, ids, target, 4, *options)[0])
 
 
+def test_what_was_invalid_is_told_again_after_a_capture(monkeypatch):
+    """While a graph is captured nothing may wait: the message comes, and once more from the next call."""
+    state = kernels.Invalid(torch.device("cpu"))
+    state.device = torch.device("cuda")
+    capturing, waits = [True], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    state.flag.fill_(1)
+    for expected in (0, 1):
+        with pytest.raises(RuntimeError, match="max_instances"):
+            state.raise_if_seen()
+        assert len(waits) == expected
+        capturing[0] = False
+    state.raise_if_seen()
+
+
 def test_the_refusal_refuses():
     t = torch.ones(3)
     for waits in (

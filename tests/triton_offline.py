@@ -75,6 +75,7 @@ def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool
         "table_ptr": "*i64",
         "real_ptr": "*fp64",
         "invalid_ptr": "*i32",
+        "coefficients_ptr": "*fp64",
         "grad_sums_ptr": f"*{compute}",
         "upstream_ptr": f"*{compute}",
         "largest": "fp32",
@@ -168,6 +169,8 @@ def inspect(binary) -> dict[str, int]:
         "stg128": count(r"STG\..*\b128\b.*"),
         "stg": count(r"STG(\..*)?"),
         "atomics": count(r"(ATOMG?|REDG?)(\..*)?"),
+        "ex2": len(re.findall(r"\bex2\.approx", binary.asm["ptx"])),
+        "floor": len(re.findall(r"\bcvt\.rmi\.(?:ftz\.)?f32\.f32", binary.asm["ptx"])),
         "instructions": sum(opcodes.values()),
         "cvt_rn": len(re.findall(r"cvt\.rn\.(?:bf16|f16)", binary.asm["ptx"])),
     }

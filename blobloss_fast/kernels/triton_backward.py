@@ -14,6 +14,7 @@ from .triton_voxel import (
     IGNORED,
     INVALID,
     difference,
+    exp,
     load_cells,
     load_real,
     log_others,
@@ -85,7 +86,7 @@ def _backward_block(
             grad_z = _gradient_of_z(
                 cell, x - others_log, scale_ptr, coefficient_ptr, CODES, NUM_FEATURES, ACTIVATION, GAMMA, HAS_UPSTREAM
             )
-            total += tl.where(is_winner, 0.0, grad_z * tl.exp(difference(largest, others_log)))
+            total += tl.where(is_winner, 0.0, grad_z * exp(difference(largest, others_log)))
             grad_winner = tl.where(is_winner, grad_z, grad_winner)
             counted = counted | (cell != IGNORED).to(tl.int32)
             x_ptr += logits_stride_c
@@ -103,8 +104,8 @@ def _backward_block(
             grad_z = _gradient_of_z(
                 cell, x - others_log, upstream_ptr, row_ptr, CODES, NUM_FEATURES, ACTIVATION, GAMMA, HAS_UPSTREAM
             )
-            others = total - grad_z * tl.exp(difference(largest, others_log))
-            grad = grad_z - tl.exp(difference(x, largest)) * others - grad_winner * tl.exp(difference(x, log_rest))
+            others = total - grad_z * exp(difference(largest, others_log))
+            grad = grad_z - exp(difference(x, largest)) * others - grad_winner * exp(difference(x, log_rest))
             grad = tl.where(is_winner, grad_z - total, grad)
             _store(grad_ptr, lanes, remaining, tl.where(counted != 0, grad, 0.0), TAIL)
             logits_ptr += logits_stride_c

@@ -1,7 +1,8 @@
-"""The coefficients of a criterion as the finish in Triton reads them: numbers on the device, not a part of its code."""
+"""The coefficients of a criterion as the finish in Triton reads them: numbers, not a part of its code."""
 
 import functools
 from array import array
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,29 +19,17 @@ def in_two(weight: float) -> tuple[float, float]:
     return single, weight - single
 
 
-class Coefficients:
-    """What the kernel needs of a criterion, on the device, and the number of rows of every part.
+class Coefficients(NamedTuple):
+    """What the finish needs of a criterion: numbers in pinned memory, and the number of rows of every part.
 
     First what a masked voxel of the others adds to every stat; then the rows: their head, and the coefficients of the
-    positive and of the negative side above, and below. The copy to the device does not wait, but whoever uses it does,
-    on whichever stream. Nothing is ever given up: a captured graph may read it.
+    positive and of the negative side above, and below. The forward kernel brings them to the device, over the bus, so
+    that there is nothing on the device to be made, kept, or waited for. They are never given up: a captured graph reads
+    them whenever it is replayed.
     """
 
-    def __init__(self, numbers: list[float], rows: tuple[int, ...], device: torch.device) -> None:
-        self.rows = rows
-        on_cuda = device.type == "cuda"
-        with torch.inference_mode(False):
-            self._on_host = torch.tensor(numbers, dtype=torch.float64, pin_memory=on_cuda)
-            self._on_device = self._on_host.to(device, non_blocking=True)
-        self._copied = torch.cuda.current_stream(device).record_event() if on_cuda else None
-
-    def tensor(self) -> Tensor:
-        if self._copied is not None and not torch.cuda.is_current_stream_capturing():  # capture begins with a wait
-            if self._copied.query():
-                self._copied = None
-            else:
-                self._copied.wait(torch.cuda.current_stream(self._on_device.device))
-        return self._on_device
+    numbers: Tensor
+    rows: tuple[int, ...]
 
 
 @functools.cache
@@ -67,4 +56,6 @@ def coefficients(
             by_column = dict(zip(COLUMNS, half, strict=True))
             for side in SIDES:
                 numbers += [*(by_column[side, stat] for stat in stats), *padding]
-    return Coefficients(numbers, tuple(map(len, rows)), device)
+    with torch.inference_mode(False):
+        pinned = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+    return Coefficients(pinned, tuple(map(len, rows)))

@@ -9,7 +9,8 @@ One loop serves every criterion, whose rows are vectors of coefficients on the d
 have as many features: another weight, or another criterion, compiles nothing.
 
 Bytes: the table once for every program of its pair, and once more; counts and gradient written. With some 50 instances
-nothing of that counts: one tile, and the chain of loads that wait for one another, perhaps 6 us.
+nothing of that counts: one tile, and the chain of loads that wait for one another, perhaps 6 us. Every program also
+asks every pair whether it has instances, one after the other, perhaps 2 us each: a few pairs are meant, not hundreds.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .finish import LossSpec
 from .layout import ZONES
-from .triton_coefficients import coefficients, in_two
+from .triton_coefficients import Coefficients, coefficients, in_two
 from .triton_domains import (
     evaluate,
     evaluate_instances,
@@ -61,7 +62,7 @@ def _add_up(
     program = tl.arange(0, _MOST_CHUNKS)[None, :]
     there = program < num_chunks
     for q in range(num_pairs):
-        cell = tl.zeros([1, 1], tl.int64) + q * num_cells
+        cell = (tl.zeros([1, 1], tl.int64) + q) * num_cells
         slot_ptrs = slots_ptr + q * num_chunks * SLOTS
         main_of_pair = tl.load(slot_ptrs + scalar, cache_modifier=".cg")
         blobs = tl.load(slot_ptrs + 1 + program * SLOTS, mask=there, other=0.0, cache_modifier=".cg")
@@ -89,13 +90,13 @@ def _add_up(
 
 
 @triton.jit(do_not_specialize=[
-    "partial_offset", "num_pairs", "num_channels", "num_cells", "num_chunks", "num_main", "num_blob", "num_empty",
-    "main_terms", "first_channel"
+    "partial_offset", "rows_offset", "num_pairs", "num_channels", "num_cells", "num_chunks", "num_main", "num_blob",
+    "num_empty", "main_terms", "first_channel"
 ])
 def finish_kernel(
     table_ptr, real_ptr, counts_ptr, sums_ptr, weights_ptr, grad_ptr, rows_ptr, value_ptr, out_ptr, partial_offset,
-    num_pairs, num_channels, num_cells, num_chunks, num_main, num_blob, num_empty, main_terms, first_channel,
-    main_weight, main_weight_rest, blob_weight, blob_weight_rest,
+    rows_offset, num_pairs, num_channels, num_cells, num_chunks, num_main, num_blob, num_empty, main_terms,
+    first_channel, main_weight, main_weight_rest, blob_weight, blob_weight_rest,
     NUM_FEATURES: tl.constexpr, STATS: tl.constexpr, LANES: tl.constexpr, HAS_TARGET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, MASKING: tl.constexpr, REDUCTION: tl.constexpr, FROM_TABLE: tl.constexpr
 ):
@@ -104,7 +105,8 @@ def finish_kernel(
     Otherwise read counts and sums as that left them, and fill ``out`` with the gradient, given that of the value.
 
     table, real: the table twice, as integers and as doubles, with a slot per program behind it; without FROM_TABLE it
-    has no cells. Floats arrive in float32: a weight, and what that leaves over.
+    has no cells. rows: the coefficients, from an offset on. Floats arrive in float32: a weight, and what that leaves
+    over.
     """
     AVERAGED: tl.constexpr = (REDUCTION == "mean") | (REDUCTION == "terms")
     GRADIENT: tl.constexpr = (not FROM_TABLE) or (REDUCTION != "terms" and REDUCTION != "instances")
@@ -122,6 +124,7 @@ def finish_kernel(
     nothing = tl.zeros([STATS, 1], tl.float64)
     first_empty = num_main + num_blob
     last_empty = first_empty + num_empty
+    rows_ptr += rows_offset
     per_voxel = tl.load(rows_ptr + stat)  # of a masked voxel of the others; the count's comes first
     rows_ptr += STATS
     if FROM_TABLE:
@@ -279,13 +282,13 @@ class Slots(NamedTuple):
 
 
 def finish(
-    table: Tensor, num_cells: int, slots: Slots, logits: Tensor, features: tuple[str, ...], has_target: bool,
-    spec: LossSpec, weights: Tensor | None
+    table: Tensor, num_cells: int, slots: Slots, criterion: Coefficients, logits: Tensor, features: tuple[str, ...],
+    has_target: bool, spec: LossSpec, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce the table to the loss.
 
     Args:
-        table: float64, as in ``triton_table``, and behind it room for ``slots``, all 0.
+        table: float64, as in ``triton_table``; behind it room for ``slots``, all 0, and the numbers of ``criterion``.
 
     Returns:
         The value and what the backward pass needs, as ``finish.finish``, and the counts: value, counts, saved.
@@ -296,7 +299,12 @@ def finish(
     value = torch.empty(values, dtype=dtype, device=device)
     counts = torch.empty(shape, dtype=torch.int64, device=device)
     saved = torch.empty((*shape, len(features)), dtype=dtype, device=device)
-    _launch(table, counts, table, weights, table, value, saved, slots, features, has_target, spec, True)
+    rows_offset = table.numel() - criterion.numbers.numel()
+    offsets = rows_offset - slots.doubles, rows_offset
+    _launch(
+        table, counts, table, weights, table, table, value, saved, offsets, slots, criterion, features, has_target,
+        spec, True
+    )
     return value, counts, saved
 
 
@@ -309,26 +317,34 @@ def finish_backward(
     slots = Slots.of(pairs, num_cells // (1 + has_target) - 1, len(features))
     table = torch.zeros(HEAD + slots.doubles, dtype=torch.float64, device=grad.device)
     out = torch.empty_like(saved)
-    _launch(table, counts, saved, weights, grad.contiguous(), out, out, slots, features, has_target, spec, False)
+    criterion = coefficients_of(spec, counts.shape[1], features, grad.device)
+    _launch(
+        table, counts, saved, weights, grad.contiguous(), criterion.numbers, out, out, (HEAD, 0), slots, criterion,
+        features, has_target, spec, False
+    )
     return out
 
 
+def coefficients_of(spec: LossSpec, channels: int, features: tuple[str, ...], device: torch.device) -> Coefficients:
+    parts = (spec.main_rows, spec.blob_rows, spec.empty_rows)
+    return coefficients(spec.activation, spec.gamma, parts, spec.masking, channels, features, device)
+
+
 def _launch(
-    table: Tensor, counts: Tensor, sums: Tensor, weights: Tensor | None, grad: Tensor, value: Tensor, out: Tensor,
-    slots: Slots, features: tuple[str, ...], has_target: bool, spec: LossSpec, from_table: bool
+    table: Tensor, counts: Tensor, sums: Tensor, weights: Tensor | None, grad: Tensor, rows: Tensor, value: Tensor,
+    out: Tensor, offsets: tuple[int, int], slots: Slots, criterion: Coefficients, features: tuple[str, ...],
+    has_target: bool, spec: LossSpec, from_table: bool
 ) -> None:
     """On the current device."""
     batch, channels, num_cells = counts.shape
     if weights is not None:
         weights = weights.contiguous()
-    parts = (spec.main_rows, spec.blob_rows, spec.empty_rows)
-    criterion = coefficients(spec.activation, spec.gamma, parts, spec.masking, channels, features, table.device)
     unused = int(spec.channel0 == "unused")
     # An option that only CUDA's backend knows.
     limit = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     finish_kernel[(batch * channels * slots.chunks,)](
-        table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, criterion.tensor(),
-        value, out, table.numel() - slots.doubles, batch * channels, channels, num_cells, slots.chunks, *criterion.rows,
+        table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
+        *offsets, batch * channels, channels, num_cells, slots.chunks, *criterion.rows,
         batch * (channels - unused), int(spec.channel0 != "class"), *in_two(spec.main_weight),
         *in_two(spec.blob_weight),
         NUM_FEATURES=len(features),

@@ -236,14 +236,26 @@ def _sum_block_of_softmax(
         row_real_ptr += num_cells.to(tl.int64) * (1 + 3 * NUM_FEATURES)
 
 
-@triton.jit(do_not_specialize=["num_channels", "num_cells", "num_programs", "most_blocks"])
+@triton.jit(do_not_specialize=[
+    "num_channels", "num_cells", "num_programs", "most_blocks", "num_coefficients", "coefficients_offset"
+])
 def segment_stats_fwd_kernel(
-    logits_ptr, cells_ptr, target_ptr, table_ptr, real_ptr, invalid_ptr, num_voxels, num_channels, num_cells,
-    num_programs, most_blocks, largest, logits_stride_b, logits_stride_c, cells_stride_b, cells_stride_c,
-    target_stride_b, target_stride_c, CODES: tl.constexpr, NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GAMMA: tl.constexpr, TARGET: tl.constexpr, CHANNEL0: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr
+    logits_ptr, cells_ptr, target_ptr, table_ptr, real_ptr, invalid_ptr, coefficients_ptr, num_voxels, num_channels,
+    num_cells, num_programs, most_blocks, largest, num_coefficients, coefficients_offset, logits_stride_b,
+    logits_stride_c, cells_stride_b, cells_stride_c, target_stride_b, target_stride_c, CODES: tl.constexpr,
+    NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr,
+    CHANNEL0: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr
 ):
-    """table: cleared, as in ``triton_table``; real: the same memory as doubles; num_programs: of a row of voxels."""
+    """table: cleared, as in ``triton_table``; real: the same memory as doubles; num_programs: of a row of voxels.
+
+    coefficients: what the finish will read, in the host's memory; the first program brings it into the table's.
+    """
+    if tl.program_id(0) == 0:
+        for done in range(0, num_coefficients, PART):
+            which = done + tl.arange(0, PART)
+            there = (which < num_coefficients).to(tl.int1)
+            coefficient = tl.load(coefficients_ptr + which, mask=there, other=0.0)
+            tl.store(real_ptr + coefficients_offset + which, coefficient, mask=there)
     row = tl.program_id(0) // num_programs
     program = tl.program_id(0) - row * num_programs
     if ACTIVATION == "softmax":

@@ -46,15 +46,17 @@ class Invalid:
     @classmethod
     def on(cls, device: torch.device) -> "Invalid":
         if device not in cls._per_device:
-            cls._per_device[device] = cls(device)
+            cls._per_device.setdefault(device, cls(device))  # another thread may be as far
         return cls._per_device[device]
 
     def raise_if_seen(self) -> None:
         if not self._seen[0]:
             return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels under way would set the flag again after the reset
-        self._seen[0] = 0
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing:  # there nothing may wait, and the next call raises again
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # kernels under way would set the flag again after the reset
+            self._seen[0] = 0
         raise RuntimeError(
             f"an earlier call on {self.device} returned NaN, because where it was not ignored it met an id beyond "
             "max_instances (a cell beyond num_cells), a target that is neither 0 nor 1 (or no class of the logits), "

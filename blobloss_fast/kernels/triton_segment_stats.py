@@ -59,7 +59,7 @@ def segment_stats_forward(
     stats = padded_stats(len(features))
     lanes = _READ_ELEMENTS // stats
     with torch.cuda.device_of(logits):  # does nothing for a CPU tensor, that is, in the interpreter
-        table = _sum(logits, cells, target, num_cells, 0, features, activation, gamma, channel0)
+        table = _sum(logits, cells, target, num_cells, 0, None, features, activation, gamma, channel0)
         if counts.numel():
             read_table_kernel[(divide_up(counts.numel(), lanes),)](
                 table.view(torch.int64), table, counts, sums, counts.numel(), NUM_FEATURES=len(features), STATS=stats,
@@ -108,11 +108,15 @@ def blob_loss(
     """The whole loss forward: value, counts, and what the backward pass needs, as in ``finish.finish``."""
     pairs = logits.shape[0] * logits.shape[1]
     slots = triton_finish.Slots.of(pairs, num_cells // (1 if target is None else 2) - 1, len(features))
+    criterion = triton_finish.coefficients_of(spec, logits.shape[1], features, logits.device)
     with torch.cuda.device_of(logits):
         table = _sum(
-            logits, instances, target, num_cells, slots.doubles, features, spec.activation, spec.gamma, spec.channel0
+            logits, instances, target, num_cells, slots.doubles, criterion.numbers, features, spec.activation,
+            spec.gamma, spec.channel0
         )
-        return triton_finish.finish(table, num_cells, slots, logits, features, target is not None, spec, weights)
+        return triton_finish.finish(
+            table, num_cells, slots, criterion, logits, features, target is not None, spec, weights
+        )
 
 
 def blob_loss_backward(
@@ -131,24 +135,26 @@ def blob_loss_backward(
 
 
 def _sum(
-    logits: Tensor, cells: Tensor, target: Tensor | None, num_cells: int, room: int, features: tuple[str, ...],
-    activation: str, gamma: float, channel0: str
+    logits: Tensor, cells: Tensor, target: Tensor | None, num_cells: int, room: int, numbers: Tensor | None,
+    features: tuple[str, ...], activation: str, gamma: float, channel0: str
 ) -> Tensor:
-    """The table, float64, with some room behind it."""
+    """The table, float64, and behind it some room, and a few numbers that lie in pinned memory."""
     _check_size(logits, num_cells)
     invalid = Invalid.on(logits.device)
     invalid.raise_if_seen()
     batch, channels = logits.shape[:2]
     voxels = _voxels(logits)
     slots = HEAD + batch * channels * num_cells * (1 + 3 * len(features)) + room
-    table = torch.zeros(slots, dtype=torch.float64, device=logits.device)
+    more = 0 if numbers is None else numbers.numel()
+    table = torch.zeros(slots + more, dtype=torch.float64, device=logits.device)
     blocks = divide_up(voxels, BLOCK)
     most_blocks = 1 if activation == "softmax" else blocks_of_a_program(blocks)
     programs = divide_up(blocks, most_blocks)
-    division = (programs, most_blocks, largest(voxels))
+    division = (programs, most_blocks, largest(voxels), more, slots)
+    tables = (table.view(torch.int64), table, invalid.flag, table if numbers is None else numbers)
     _launch(
-        segment_stats_fwd_kernel, programs, logits, cells, target, (table.view(torch.int64), table, invalid.flag),
-        num_cells, division, (), features, activation, gamma, channel0, False, False
+        segment_stats_fwd_kernel, programs, logits, cells, target, tables, num_cells, division, (), features,
+        activation, gamma, channel0, False, False
     )
     return table
 

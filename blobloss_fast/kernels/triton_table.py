@@ -14,7 +14,7 @@ the voxels come: nothing ever wraps. At 2^31 voxels the limit is 32,768 a voxel,
 negative log-likelihood of logits as large. Where several sums beyond it meet in a cell, and only there, the order of
 their addition is left to chance, and with it the last bit of a double.
 
-Resolution: an addition is off by at most 2^-47, 7e-15. That is 1e-8 of a lone 1e-6, and less than the last bit of a
+Resolution: an addition is off by at most 2^-46, 1.4e-14. That is 1e-8 of a lone 1e-6, and less than the last bit of a
 float32 for anything larger.
 """
 

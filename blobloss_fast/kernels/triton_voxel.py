@@ -111,6 +111,31 @@ def load_cells(
 
 
 @triton.jit
+def _power_of_2(k):
+    """2^k for integers from -126 to 127, by their bits."""
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp(x):
+    """e^x to a few ulp also where x is large; NaN stays NaN.
+
+    In fp32 Triton's own rounds x / log(2) once, which at x = -40 is 2e-6 of the result. Here x is reduced first: what
+    is taken away, k log(2) in two parts, is exact.
+    """
+    if x.dtype == tl.float64:
+        value = tl.exp(x)
+    else:
+        x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # beyond, 0 and infinity
+        k = tl.floor(x * 1.4426950408889634 + 0.5)
+        r = (x - k * 0.693145751953125) - k * 1.428606765330187e-06
+        whole = k.to(tl.int32)
+        half = whole >> 1
+        value = tl.exp2(r * 1.4426950408889634) * _power_of_2(half) * _power_of_2(whole - half)
+    return value
+
+
+@triton.jit
 def log1p(y):
     """log(1 + y) for finite y >= -1 to a few ulp: the rounding of 1 + y is undone by the factor y / ((1 + y) - 1)."""
     u = 1.0 + y
@@ -127,7 +152,7 @@ def prob_and_logs(z, ACTIVATION: tl.constexpr):
         log_p = tl.log(z)
         log_q = log1p(-z)
     else:
-        e = tl.exp(-tl.abs(z))
+        e = exp(-tl.abs(z))
         larger = 1.0 / (1.0 + e)
         smaller = e * larger
         p = tl.where(z >= 0.0, larger, smaller)
@@ -153,7 +178,7 @@ def power(log_base, EXPONENT: tl.constexpr):
     if EXPONENT == 0.0:
         power = tl.where(log_base == log_base, 1.0, log_base)
     else:
-        power = tl.exp(EXPONENT * log_base)
+        power = exp(EXPONENT * log_base)
     return power
 
 
@@ -244,16 +269,16 @@ def softmax_parts(logits_ptr, stride_c, lanes, remaining, num_channels, TAIL: tl
         wins = x > largest  # False for NaN, which then joins the others and poisons their total
         loser = tl.where(wins, largest, x)
         top = tl.where(loser > second, loser, second)
-        total = total * tl.exp(difference(second, top)) + tl.exp(difference(loser, top))
+        total = total * exp(difference(second, top)) + exp(difference(loser, top))
         second = top
         largest = tl.where(wins, x, largest)
         winner = tl.where(wins, channel, winner)
     log_rest = second + tl.log(total)
-    rest = total * tl.exp(difference(second, largest))
+    rest = total * exp(difference(second, largest))
     return largest, winner, log_rest, rest
 
 
 @triton.jit
 def log_others(x, is_winner, largest, log_rest, rest):
     """logsumexp of the channels other than that of x."""
-    return tl.where(is_winner, log_rest, largest + log1p(rest - tl.exp(difference(x, largest))))
+    return tl.where(is_winner, log_rest, largest + log1p(rest - exp(difference(x, largest))))
