@@ -5,6 +5,11 @@ import pytest
 pytest.register_assert_rewrite("tests.blob_loss_checks", "tests.tolerances")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the one that takes minutes: of several processes, none then waits for another at the end."""
+    items.sort(key=lambda item: item.name != "test_kernels_in_the_interpreter")
+
+
 @pytest.fixture(params=["native", "reference"])
 def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test on the native library and on its fallback: `pytestmark = pytest.mark.usefixtures("cpu_backend")`."""

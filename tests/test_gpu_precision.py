@@ -57,7 +57,7 @@ def test_gradients_where_every_logit_is_far_out(activation, offset):
     grads = []
     for x in (logits.cuda(), logits.double(), logits):
         x = x.detach().requires_grad_()
-        sums, _ = segment_stats(x, ids.to(x.device), 3, ["prob"], activation=activation)
+        _, sums = segment_stats(x, ids.to(x.device), 3, ["prob"], activation=activation)
         grads.append(torch.autograd.grad(sums.sum(), x)[0].cpu())
     ours, truth, plain = grads
     assert relative_to_largest(ours, truth) <= max(FLOOR, 2 * relative_to_largest(plain, truth))
