@@ -253,7 +253,7 @@ class BlobLossFunction(torch.autograd.Function):
         grad = None
         if grad_loss is not None:
             grad = _gradient(blob_loss_backward, grad_loss, *ctx.saved_tensors, *ctx.options)
-        return grad, None, None, None, None, *(None for _ in ctx.options)
+        return grad, None, None, None, None, None, None, None
 
 
 def run_blob_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,8 @@ nothing of that counts: one tile, and the chain of loads that wait for one anoth
 asks every pair whether it has instances, one after the other, perhaps 2 us each: a few pairs are meant, not hundreds.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -340,22 +341,30 @@ def _launch(
     if weights is not None:
         weights = weights.contiguous()
     unused = int(spec.channel0 == "unused")
-    # An option that only CUDA's backend knows.
-    limit = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+    static = _static(len(features), slots.stats, slots.lanes, has_target, spec.masking, spec.reduction, from_table)
     finish_kernel[(batch * channels * slots.chunks,)](
         table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
         *offsets, batch * channels, channels, num_cells, slots.chunks, *criterion.rows,
         batch * (channels - unused), int(spec.channel0 != "class"), *in_two(spec.main_weight),
         *in_two(spec.blob_weight),
-        NUM_FEATURES=len(features),
-        STATS=slots.stats,
-        LANES=slots.lanes,
-        HAS_TARGET=has_target,
-        HAS_WEIGHTS=weights is not None,
-        MASKING=spec.masking if spec.masking in ("none", ZONES) else "apart",
-        REDUCTION=spec.reduction,
-        FROM_TABLE=from_table,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-        **limit,
+        HAS_WEIGHTS=weights is not None, **static,
     )
+
+
+@functools.lru_cache
+def _static(
+    num_features: int, stats: int, lanes: int, has_target: bool, masking: str, reduction: str, from_table: bool
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    return {
+        "NUM_FEATURES": num_features,
+        "STATS": stats,
+        "LANES": lanes,
+        "HAS_TARGET": has_target,
+        "MASKING": masking if masking in ("none", ZONES) else "apart",
+        "REDUCTION": reduction,
+        "FROM_TABLE": from_table,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,
+        **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS}),  # an option that only CUDA's backend knows
+    }
