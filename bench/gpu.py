@@ -32,7 +32,7 @@ from bench import gpu_tools
 from bench.gpu_contestants import version
 from bench.gpu_rows import COPY, FULL, MEASUREMENTS, QUICK, Bar, Bench, Row, Scale
 from bench.gpu_timing import Clock, CudaClock, l2_bytes
-from bench.report import MarkerError, number, replace_between_markers, table
+from bench.report import MarkerError, number, publish, replace_between_markers, table
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- bench:gpu:start -->", "<!-- bench:gpu:end -->"
@@ -318,12 +318,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> No
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         results = measure(plan, partial(_write, options.out))
-    tables = as_markdown(results)
-    print(tables)
-    if not options.no_readme:
-        text = options.readme.read_text(encoding="utf-8")
-        updated = replace_between_markers(text, tables, str(options.readme), START, END)
-        options.readme.write_text(updated, encoding="utf-8")
+    publish(as_markdown(results), None if options.no_readme else options.readme, START, END)
 
 
 if __name__ == "__main__":

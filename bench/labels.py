@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench.contestants import CONTESTANTS, check_agreement, why_not
 from bench.ratios import is_met
-from bench.report import machine_stamp, number, replace_between_markers, table
+from bench.report import machine_stamp, number, publish, table
 from bench.timing import Report, Setting, Step, in_child, interleaved, machine, milliseconds
 from bench.workloads import balls, data_files, real, synthetic
 from blobloss_fast import connected_components, nearest_instance
@@ -242,11 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     tables = as_markdown(json.loads(options.out.read_text(encoding="utf-8")))
-    print(tables)
-    if not options.no_readme:
-        text = options.readme.read_text(encoding="utf-8")
-        updated = replace_between_markers(text, tables, str(options.readme), START, END)
-        options.readme.write_text(updated, encoding="utf-8")
+    publish(tables, None if options.no_readme else options.readme, START, END)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ def replace_between_markers(text: str, table: str, source: str, start: str = STA
         raise MarkerError(f"{source} must hold the line {start} once and, after it, the line {end} once")
     before, after = text.partition(start)[0], text.partition(end)[2]
     return f"{before}{start}\n{table}\n{end}{after}"
+
+
+def publish(tables: str, readme: Path | None, start: str = START, end: str = END) -> None:
+    """Print tables, and put them between the markers of a file, if there is one."""
+    print(tables)
+    if readme is not None:
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(replace_between_markers(text, tables, str(readme), start, end), encoding="utf-8")
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:

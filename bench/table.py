@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from bench import ratios
 from bench.contestants import CONTESTANTS, TABLE, check_agreement, why_not
-from bench.report import MarkerError, as_markdown, replace_between_markers
+from bench.report import MarkerError, as_markdown, publish, replace_between_markers
 from bench.timing import MALLOC, Report, Setting, copy_bandwidth, in_child, interleaved, machine, milliseconds
 from bench.workloads import SCENES, Workload, data_files, from_file, real, scene
 
@@ -154,11 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results["ratios"] = run_ratios(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    tables = as_markdown(results)
-    print(tables)
-    if not options.no_readme:
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(replace_between_markers(text, tables, str(options.readme)), encoding="utf-8")
+    publish(as_markdown(results), None if options.no_readme else options.readme)
 
 
 if __name__ == "__main__":
