@@ -45,7 +45,7 @@ class Partition(NamedTuple):
     def with_capacity(self, max_instances: int | None, guess: int | None) -> Partition:
         """Return the partition with this capacity; without any, with what its ids need."""
         if max_instances is not None:
-            return self if max_instances == self.max_instances else self._replace(max_instances=max_instances)
+            return self._replace(max_instances=max_instances)
         return self.with_largest_id() if guess is None else self._replace(max_instances=guess, is_guess=True)
 
     def in_zones(self, zones: Tensor | None, spacing: Sequence[float] | None) -> Partition:
@@ -116,8 +116,7 @@ def partition(
     else:
         raise ValueError("target or instances must be given; got neither: pass a binary target, instance ids, or both")
 
-    found = Partition(instances, target, max_instances or 0, channel0, None, False)
-    return found.with_capacity(max_instances, guess)
+    return Partition(instances, target, 0, channel0, None, False).with_capacity(max_instances, guess)
 
 
 def predicted_zones(logits: Tensor, labels: Partition, options: Options) -> Partition:

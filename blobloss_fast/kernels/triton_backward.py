@@ -18,6 +18,7 @@ from .triton_voxel import (
     load_cells,
     load_real,
     log_others,
+    place,
     prob_and_logs,
     slope,
     softmax_parts,
@@ -133,22 +134,14 @@ def segment_stats_bwd_kernel(
     GAMMA: tl.constexpr, TARGET: tl.constexpr, CHANNEL0: tl.constexpr, HAS_UPSTREAM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """grad_sums: [B, C, cells, F] in the compute dtype; grad: [B, C, voxels], contiguous, written everywhere."""
-    row = tl.program_id(0) // num_blocks
-    block = tl.program_id(0) - row * num_blocks
-    if ACTIVATION == "softmax":
-        sample = row
-        channel = row * 0
-    else:
-        sample = row // num_channels
-        channel = row - sample * num_channels
-    start = block.to(tl.int64) * BLOCK
-    batch64 = sample.to(tl.int64)
+    part, sample, channel = place(num_blocks, num_channels, ACTIVATION)
     channel64 = channel.to(tl.int64)
-    logits_ptr += batch64 * logits_stride_b + channel64 * logits_stride_c + start
-    cells_ptr += batch64 * cells_stride_b + channel64 * cells_stride_c + start
-    target_ptr += batch64 * target_stride_b + channel64 * target_stride_c + start
-    upstream_ptr += batch64 * upstream_stride_b + channel64 * upstream_stride_c
-    row64 = batch64 * num_channels + channel64
+    start = part * BLOCK
+    logits_ptr += sample * logits_stride_b + channel64 * logits_stride_c + start
+    cells_ptr += sample * cells_stride_b + channel64 * cells_stride_c + start
+    target_ptr += sample * target_stride_b + channel64 * target_stride_c + start
+    upstream_ptr += sample * upstream_stride_b + channel64 * upstream_stride_c
+    row64 = sample * num_channels + channel64
     row_ptr = grad_sums_ptr + row64 * num_cells * NUM_FEATURES
     grad_ptr += row64 * num_voxels + start
     if start + BLOCK <= num_voxels:

@@ -154,7 +154,7 @@ def without_own(own, finite, bad, num_bad):
 
 
 @triton.jit
-def is_poisoned(sums_ptr, num_sums, LANES: tl.constexpr):
+def poison_of_sums(sums_ptr, num_sums, LANES: tl.constexpr):
     """NaN if every sum is, which invalid labels have done; else 0. Reads until one is not."""
     lanes = tl.arange(0, LANES)
     all_nan = num_sums > 0

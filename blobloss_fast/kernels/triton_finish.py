@@ -28,7 +28,7 @@ from .triton_domains import (
     evaluate,
     evaluate_instances,
     is_finite,
-    is_poisoned,
+    poison_of_sums,
     read_bits,
     store_cells,
     terms_of_pair,
@@ -131,7 +131,7 @@ def finish_kernel(
     if FROM_TABLE:
         poison = tl.load(real_ptr)
     else:
-        poison = is_poisoned(sums_ptr, num_cells.to(tl.int64) * num_pairs * NUM_FEATURES, LANES)
+        poison = poison_of_sums(sums_ptr, num_cells.to(tl.int64) * num_pairs * NUM_FEATURES, LANES)
 
     # How many pairs share the blob term, and whether this one is empty.
     first_pair = pair if not AVERAGED else 0
@@ -283,13 +283,15 @@ class Slots(NamedTuple):
 
 
 def finish(
-    table: Tensor, num_cells: int, slots: Slots, criterion: Coefficients, logits: Tensor, features: tuple[str, ...],
-    has_target: bool, spec: LossSpec, weights: Tensor | None
+    integers: Tensor, table: Tensor, num_cells: int, slots: Slots, criterion: Coefficients, logits: Tensor,
+    features: tuple[str, ...], has_target: bool, spec: LossSpec, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce the table to the loss.
 
     Args:
-        table: float64, as in ``triton_table``; behind it room for ``slots``, all 0, and the numbers of ``criterion``.
+        integers: the table, as in ``triton_table``; behind it room for ``slots``, all 0, and the numbers of
+            ``criterion``.
+        table: the same memory as float64.
 
     Returns:
         The value and what the backward pass needs, as ``finish.finish``, and the counts: value, counts, saved.
@@ -303,8 +305,8 @@ def finish(
     rows_offset = table.numel() - criterion.numbers.numel()
     offsets = rows_offset - slots.doubles, rows_offset
     _launch(
-        table, counts, table, weights, table, table, value, saved, offsets, slots, criterion, features, has_target,
-        spec, True
+        integers, table, counts, table, weights, table, table, value, saved, offsets, slots, criterion, features,
+        has_target, spec, True
     )
     return value, counts, saved
 
@@ -320,8 +322,8 @@ def finish_backward(
     out = torch.empty_like(saved)
     criterion = coefficients_of(spec, counts.shape[1], features, grad.device)
     _launch(
-        table, counts, saved, weights, grad.contiguous(), criterion.numbers, out, out, (HEAD, 0), slots, criterion,
-        features, has_target, spec, False
+        table.view(torch.int64), table, counts, saved, weights, grad.contiguous(), criterion.numbers, out, out,
+        (HEAD, 0), slots, criterion, features, has_target, spec, False
     )
     return out
 
@@ -332,9 +334,9 @@ def coefficients_of(spec: LossSpec, channels: int, features: tuple[str, ...], de
 
 
 def _launch(
-    table: Tensor, counts: Tensor, sums: Tensor, weights: Tensor | None, grad: Tensor, rows: Tensor, value: Tensor,
-    out: Tensor, offsets: tuple[int, int], slots: Slots, criterion: Coefficients, features: tuple[str, ...],
-    has_target: bool, spec: LossSpec, from_table: bool
+    integers: Tensor, table: Tensor, counts: Tensor, sums: Tensor, weights: Tensor | None, grad: Tensor, rows: Tensor,
+    value: Tensor, out: Tensor, offsets: tuple[int, int], slots: Slots, criterion: Coefficients,
+    features: tuple[str, ...], has_target: bool, spec: LossSpec, from_table: bool
 ) -> None:
     """On the current device."""
     batch, channels, num_cells = counts.shape
@@ -343,7 +345,7 @@ def _launch(
     unused = int(spec.channel0 == "unused")
     static = _static(len(features), slots.stats, slots.lanes, has_target, spec.masking, spec.reduction, from_table)
     finish_kernel[(batch * channels * slots.chunks,)](
-        table.view(torch.int64), table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
+        integers, table, counts, sums, sums if weights is None else weights, grad, rows, value, out,
         *offsets, batch * channels, channels, num_cells, slots.chunks, *criterion.rows,
         batch * (channels - unused), int(spec.channel0 != "class"), *in_two(spec.main_weight),
         *in_two(spec.blob_weight),

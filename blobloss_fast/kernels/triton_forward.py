@@ -27,6 +27,7 @@ from .triton_voxel import (
     load_labels,
     load_real,
     log_others,
+    place,
     prob_and_logs,
     softmax_parts,
     to_cells,
@@ -166,7 +167,7 @@ def _sum_blocks(
         if TAIL:
             next_raw = load(logits_ptr + BLOCK, lanes, there, True)
             next_ids, next_label = load_labels(cells_ptr + BLOCK, target_ptr + BLOCK, lanes, there, TARGET, True)
-        else:
+        else:  # all of it or nothing: one mask for all lanes leaves the loads 16 bytes wide
             here = tl.zeros_like(lanes) + there > 0
             next_raw = tl.load(logits_ptr + BLOCK + lanes, mask=here, other=0)
             next_ids = tl.load(cells_ptr + BLOCK + lanes, mask=here, other=0)
@@ -256,21 +257,13 @@ def segment_stats_fwd_kernel(
             there = (which < num_coefficients).to(tl.int1)
             coefficient = tl.load(coefficients_ptr + which, mask=there, other=0.0)
             tl.store(real_ptr + coefficients_offset + which, coefficient, mask=there)
-    row = tl.program_id(0) // num_programs
-    program = tl.program_id(0) - row * num_programs
-    if ACTIVATION == "softmax":
-        sample = row
-        channel = row * 0
-    else:
-        sample = row // num_channels
-        channel = row - sample * num_channels
-    start = program.to(tl.int64) * (most_blocks * BLOCK)
-    batch64 = sample.to(tl.int64)
+    part, sample, channel = place(num_programs, num_channels, ACTIVATION)
     channel64 = channel.to(tl.int64)
-    logits_ptr += batch64 * logits_stride_b + channel64 * logits_stride_c + start
-    cells_ptr += batch64 * cells_stride_b + channel64 * cells_stride_c + start
-    target_ptr += batch64 * target_stride_b + channel64 * target_stride_c + start
-    first = _HEAD + (batch64 * num_channels + channel64) * num_cells * (1 + 3 * NUM_FEATURES)
+    start = part * (most_blocks * BLOCK)
+    logits_ptr += sample * logits_stride_b + channel64 * logits_stride_c + start
+    cells_ptr += sample * cells_stride_b + channel64 * cells_stride_c + start
+    target_ptr += sample * target_stride_b + channel64 * target_stride_c + start
+    first = _HEAD + (sample * num_channels + channel64) * num_cells * (1 + 3 * NUM_FEATURES)
     row_ptr = table_ptr + first
     row_real_ptr = real_ptr + first
     if start + most_blocks * BLOCK <= num_voxels:

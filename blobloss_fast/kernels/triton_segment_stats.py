@@ -59,10 +59,10 @@ def segment_stats_forward(
     stats = padded_stats(len(features))
     lanes = _READ_ELEMENTS // stats
     with torch.cuda.device_of(logits):  # does nothing for a CPU tensor, that is, in the interpreter
-        table = _sum(logits, cells, target, num_cells, 0, None, features, activation, gamma, channel0)
+        integers, table = _sum(logits, cells, target, num_cells, 0, None, features, activation, gamma, channel0)
         if counts.numel():
             read_table_kernel[(divide_up(counts.numel(), lanes),)](
-                table.view(torch.int64), table, counts, sums, counts.numel(), NUM_FEATURES=len(features), STATS=stats,
+                integers, table, counts, sums, counts.numel(), NUM_FEATURES=len(features), STATS=stats,
                 LANES=lanes, enable_fp_fusion=False
             )
     return counts, sums
@@ -85,16 +85,16 @@ def segment_stats_backward(
         invalid.
     """
     num_cells = grad_sums.shape[2]
-    _check_size(logits, num_cells)
+    voxels = _voxels(logits, num_cells)
     dtype = compute_dtype(logits)
     if grad_sums.dtype != dtype or not grad_sums.is_contiguous():
         grad_sums = grad_sums.to(dtype).contiguous()
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     strides = (0, 0) if upstream is None or upstream.ndim == 0 else upstream.stride()
-    blocks = divide_up(_voxels(logits), BLOCK)
+    blocks = divide_up(voxels, BLOCK)
     with torch.cuda.device_of(logits):
         _launch(
-            segment_stats_bwd_kernel, blocks, logits, cells, target,
+            segment_stats_bwd_kernel, blocks, voxels, logits, cells, target,
             (grad_sums if upstream is None else upstream, grad_sums, grad), num_cells, (blocks,), strides, features,
             activation, gamma, channel0, True, upstream is not None
         )
@@ -110,12 +110,12 @@ def blob_loss(
     slots = triton_finish.Slots.of(pairs, num_cells // (1 if target is None else 2) - 1, len(features))
     criterion = triton_finish.coefficients_of(spec, logits.shape[1], features, logits.device)
     with torch.cuda.device_of(logits):
-        table = _sum(
+        tables = _sum(
             logits, instances, target, num_cells, slots.doubles, criterion.numbers, features, spec.activation,
             spec.gamma, spec.channel0
         )
         return triton_finish.finish(
-            table, num_cells, slots, criterion, logits, features, target is not None, spec, weights
+            *tables, num_cells, slots, criterion, logits, features, target is not None, spec, weights
         )
 
 
@@ -137,26 +137,26 @@ def blob_loss_backward(
 def _sum(
     logits: Tensor, cells: Tensor, target: Tensor | None, num_cells: int, room: int, numbers: Tensor | None,
     features: tuple[str, ...], activation: str, gamma: float, channel0: str
-) -> Tensor:
-    """The table, float64, and behind it some room, and a few numbers that lie in pinned memory."""
-    _check_size(logits, num_cells)
+) -> tuple[Tensor, Tensor]:
+    """The table, and behind it some room, and a few numbers that lie in pinned memory: as int64, and as float64."""
+    voxels = _voxels(logits, num_cells)
     invalid = Invalid.on(logits.device)
     invalid.raise_if_seen()
     batch, channels = logits.shape[:2]
-    voxels = _voxels(logits)
     slots = HEAD + batch * channels * num_cells * (1 + 3 * len(features)) + room
     more = 0 if numbers is None else numbers.numel()
     table = torch.zeros(slots + more, dtype=torch.float64, device=logits.device)
+    integers = table.view(torch.int64)
     blocks = divide_up(voxels, BLOCK)
     most_blocks = 1 if activation == "softmax" else blocks_of_a_program(blocks)
     programs = divide_up(blocks, most_blocks)
     division = (programs, most_blocks, largest(voxels), more, slots)
-    tables = (table.view(torch.int64), table, invalid.flag, table if numbers is None else numbers)
+    tables = (integers, table, invalid.flag, table if numbers is None else numbers)
     _launch(
-        segment_stats_fwd_kernel, programs, logits, cells, target, tables, num_cells, division, (), features,
+        segment_stats_fwd_kernel, programs, voxels, logits, cells, target, tables, num_cells, division, (), features,
         activation, gamma, channel0, False, False
     )
-    return table
+    return integers, table
 
 
 def blocks_of_a_program(blocks: int) -> int:
@@ -165,16 +165,15 @@ def blocks_of_a_program(blocks: int) -> int:
 
 
 def _launch(
-    kernel, programs: int, logits: Tensor, cells: Tensor, target: Tensor | None, tables: tuple[Tensor, ...],
-    num_cells: int, division: tuple[float, ...], more_strides: tuple[int, ...], features: tuple[str, ...],
-    activation: str, gamma: float, channel0: str, backward: bool, has_upstream: bool
+    kernel, programs: int, voxels: int, logits: Tensor, cells: Tensor, target: Tensor | None,
+    tables: tuple[Tensor, ...], num_cells: int, division: tuple[float, ...], more_strides: tuple[int, ...],
+    features: tuple[str, ...], activation: str, gamma: float, channel0: str, backward: bool, has_upstream: bool
 ) -> None:
     """On the current device. ``programs``: per sample and channel, or with a softmax per sample."""
     batch, channels = logits.shape[:2]
     programs *= batch * (channels > 0) if activation == "softmax" else batch * channels
     if programs == 0:
         return
-    voxels = _voxels(logits)
     logits, *logits_strides = rows(logits)
     cells, *cells_strides = rows(cells)
     label, *label_strides = (cells, 0, 0) if target is None else rows(target)
@@ -212,16 +211,16 @@ def _static(
     }
 
 
-def _voxels(logits: Tensor) -> int:
-    return logits.numel() // (logits.shape[0] * logits.shape[1] or 1)
-
-
 # fmt: on
-def _check_size(logits: Tensor, num_cells: int) -> None:
+def _voxels(logits: Tensor, num_cells: int) -> int:
+    """Of a sample and channel, checked like the number of cells."""
+    batch, channels = logits.shape[:2]
+    voxels = logits.numel() // (batch * channels or 1)
     if num_cells > _MAX_CELLS:
         raise ValueError(f"num_cells must be at most {_MAX_CELLS} (2^26) on this backend; got {num_cells}")
-    if _voxels(logits) > MOST_VOXELS:
+    if voxels > MOST_VOXELS:
         raise ValueError(
             f"logits must have at most {MOST_VOXELS} (2^32) voxels per sample and channel on this backend; got "
             f"{list(logits.shape)}"
         )
+    return voxels

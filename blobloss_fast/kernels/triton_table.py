@@ -25,10 +25,12 @@ HEAD = 2
 DONE = 1  # the slot of the counter
 MOST_VOXELS = 2**32  # of a sample and class
 
-_HIGH = tl.constexpr(2.0**16)
-_LOW = tl.constexpr(2.0**46)
+UNIT = 2.0**-46
+
 _HIGH_UNIT = tl.constexpr(2.0**-16)
-_LOW_UNIT = tl.constexpr(2.0**-46)
+_LOW_UNIT = tl.constexpr(UNIT)
+_HIGH = tl.constexpr(2.0**16)
+_LOW = tl.constexpr(1 / UNIT)
 
 
 def largest(voxels: int) -> float:

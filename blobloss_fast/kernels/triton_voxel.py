@@ -38,6 +38,20 @@ def load(ptr, lanes, remaining, TAIL: tl.constexpr):
 
 
 @triton.jit
+def place(programs_of_a_row, num_channels, ACTIVATION: tl.constexpr):
+    """Which part of which sample and channel is this program's; with a softmax, of which sample, in all channels."""
+    row = tl.program_id(0) // programs_of_a_row
+    part = tl.program_id(0) - row * programs_of_a_row
+    if ACTIVATION == "softmax":
+        sample = row
+        channel = row * 0
+    else:
+        sample = row // num_channels
+        channel = row - sample * num_channels
+    return part.to(tl.int64), sample.to(tl.int64), channel
+
+
+@triton.jit
 def to_real(values):
     """Read as stored, compute in fp32 (fp64 stays fp64)."""
     if values.dtype != tl.float64:
