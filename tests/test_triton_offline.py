@@ -8,6 +8,7 @@ from .offline_checks import MARKS, compiled_by, spilled
 
 triton = pytest.importorskip("triton")
 pytestmark = MARKS
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)  # its code takes more registers
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,11 @@ def test_everything_was_compiled(compiled):
 
 
 def test_no_spills(compiled):
-    """Triton 3.3 leaves a few in double, all six features at once."""
-    assert not [row for row in spilled(compiled) if "fp64" not in row["case"] or row["stack"] > 16]
+    """But that Triton 3.3 leaves a few in double, with all six features at once."""
+    found = spilled(compiled)
+    if OLD:
+        found = [row for row in found if row["case"] != "sigmoid all features fp64 target" or row["stack"] > 16]
+    assert not found
 
 
 def test_registers_leave_room_for_enough_programs(compiled):
@@ -35,9 +39,9 @@ def test_registers_leave_room_for_enough_programs(compiled):
     KiB cover the latency of an H100's memory."""
     for row in compiled:
         if "dice fp32" in row["case"] and row["pass"] == "fwd":
-            assert row["registers"] <= 96, label(row)  # five programs, also with offsets of 64 bits
+            assert row["registers"] <= (96 if OLD else 80), label(row)  # five programs, six
         if "dice+bce" in row["case"] and row["pass"] == "fwd":
-            assert row["registers"] <= 128, label(row)  # four
+            assert row["registers"] <= (128 if OLD else 112), label(row)  # four
         if row["pass"] == "bwd" and row["case"].startswith("sigmoid dice"):
             assert row["registers"] <= 48, label(row)
 
@@ -59,16 +63,15 @@ def test_gradients_are_written_16_bytes_at_a_time(compiled):
 
 def test_atomics(compiled):
     """The finish counts its programs; the backward pass has none. The forward pass has one for the count of a cell and
-    three for each of its sums, of which one or two are taken, in four or five places of the full blocks and the tail.
+    three for each of its sums, of which one or two are taken: in at most nine places, which are the background, home,
+    the search and the crowd, each in full blocks and in the tail, and what the compiler writes out twice.
     """
-    places = {"sigmoid": 2 * 5, "none": 2 * 5, "softmax": 2 * 4}
     for row in compiled:
         if row["pass"] != "fwd":
             assert row["atomics"] == (row["pass"] == "finish"), label(row)
         else:
             features = {"dice": 1, "dice+bce": 3, "focal": 2, "all": 6}[row["case"].split()[1]]
-            unrolled = 4  # a part of a crowded block each
-            assert row["atomics"] <= (1 + 3 * features) * (places[row["case"].split()[0]] + 2 * unrolled), label(row)
+            assert row["atomics"] <= 9 * (1 + 3 * features), label(row)
 
 
 def test_the_exponential_is_not_left_to_the_compiler(compiled):
@@ -93,7 +96,7 @@ def test_half_precision_gradients_are_rounded_to_nearest(compiled):
 
 def test_kernels_compile_for_an_amd_chip(tmp_path):
     """Nothing in them is CUDA's alone. Nothing has run on such a chip either."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if OLD:
         pytest.skip("Triton links for AMD by itself from 3.7 on")
     table = compiled_by("triton_offline", tmp_path, "--hip")
     assert len(table) == 9

@@ -78,9 +78,10 @@ def check(counts: Tensor, sums: Tensor, features, has_target: bool, spec, weight
     slots = triton_finish.Slots.of(batch * channels, num_cells // (1 + has_target) - 1, len(features))
     logits = torch.empty(batch, channels, dtype=dtype)
     criterion = triton_finish.coefficients_of(spec, channels, features, logits.device)
+    table = filled(counts, sums, slots.doubles, criterion.numbers)
     weights_there = None if weights is None else weights.to(dtype)
     value, found, saved = triton_finish.finish(
-        *(filled(counts, sums, slots.doubles, criterion.numbers), num_cells, slots, criterion, logits),
+        *(table.view(torch.int64), table, num_cells, slots, criterion, logits),
         *(features, has_target, spec, weights_there),
     )
     about = f"of {spec.reduction}, {spec.masking}, target {has_target}, {spec.channel0}"

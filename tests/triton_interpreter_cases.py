@@ -26,6 +26,7 @@ from triton.runtime import interpreter
 from blobloss_fast.kernels import reference
 from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels.layout import FEATURES
+from blobloss_fast.kernels.triton_table import UNIT
 from blobloss_fast.kernels.triton_voxel import exp, log1p
 
 from .scenes import random_logits
@@ -56,7 +57,6 @@ pytestmark = [
 
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 HALVES = (torch.float16, torch.bfloat16)
-UNIT = 2.0**-46  # of a sum in the table
 
 
 @pytest.fixture
@@ -258,8 +258,9 @@ def test_exp_over_the_whole_range():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_each_feature_of_one_voxel_over_the_whole_range(dtype):
-    """One voxel per cell: relative error, also where the value is tiny (softplus(-20) is 2e-9, not 0), down to the
-    unit of the table."""
+    """One voxel per cell: relative error, also where the value is tiny (softplus(-20) is 2e-9, not 0), down to the unit
+    of the table, which is what integers give up for equal bits.
+    """
     z = torch.cat([torch.linspace(-80, 80, 401), torch.logspace(-6, 3, 50), -torch.logspace(-6, 3, 50)]).to(dtype)
     ids = torch.arange(len(z)).view(1, 1, -1)
     features = ("prob", "nll_pos", "nll_neg")

@@ -19,8 +19,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from blobloss_fast import BlobLoss, _ops, criteria
-from blobloss_fast.kernels import reference, triton_table
 from blobloss_fast.kernels import triton_segment_stats as kernels
+from blobloss_fast.kernels import triton_table
 from blobloss_fast.kernels.triton_table import add_sums, read_stats
 
 from .scenes import random_logits
@@ -111,7 +111,18 @@ def test_low_does_not_wrap_either():
     assert high == 0
     assert 0 < low <= 2**30
     assert low * triton_table.MOST_VOXELS < 2**63
-    assert 2.0**46 * 2.0**16 < 2**63  # the sum of all that is added below the limit
+
+
+@pytest.mark.parametrize("log_voxels", [0, 10, 24, 31, 32])
+def test_high_does_not_wrap_where_every_voxel_is_at_the_limit(log_voxels):
+    """Its largest sum, from what the kernel adds once."""
+    limit = triton_table.largest(2**log_voxels)
+    table = torch.zeros(8, dtype=torch.float64)
+    values = torch.tensor([limit, 0.0])
+    add_kernel[(1,)](table.view(torch.int64), table, values, 1, 1, limit)
+    _, high, _, real, *_ = table.view(torch.int64).tolist()
+    assert real == 0
+    assert 0 < high * 2**log_voxels < 2**63
 
 
 def test_more_voxels_than_the_integers_have_room_for():
@@ -222,7 +233,3 @@ def test_a_sample_has_the_same_bits_in_any_batch():
     for b in range(3):
         _, alone = kernels.segment_stats_forward(logits[b : b + 1], ids[b : b + 1], *arguments)
         assert torch.equal(alone, together[b : b + 1])
-
-
-def test_the_reference_is_not_what_is_tested():
-    assert kernels.segment_stats_forward is not reference.segment_stats_forward
