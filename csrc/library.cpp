@@ -12,6 +12,7 @@
 namespace blobloss {
 namespace {
 
+constexpr int64_t kRegions = 4;          // of a volume, where it has as many slabs
 constexpr int64_t kMostTables = 16;      // of all groups together, where there are enough voxels
 constexpr int64_t kVoxelsPerCell = 32;   // of a slab: below that its table would cost more than its voxels
 constexpr int64_t kParallelEntries = 4096;
@@ -65,6 +66,7 @@ Plan plan_for(const bl_problem& problem) {
   if (plan.chunks < most) most = plan.chunks;
   plan.slabs = 1;
   while (2 * plan.slabs <= most && 2 * plan.slabs * plan.groups <= kMostTables) plan.slabs *= 2;
+  plan.regions = plan.slabs < kRegions ? plan.slabs : kRegions;
   return plan;
 }
 

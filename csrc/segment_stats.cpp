@@ -135,9 +135,10 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begi
   Softmax<T> softmax(problem);
   if (!softmax.has_memory()) return BL_NO_MEMORY;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.slabs;
+    const int64_t group = task / plan.slabs, slabs = plan.slabs / plan.regions;
+    const int64_t region = task % plan.slabs / slabs, last = plan.begin_of(region + 1);
     double* table = tables + task * plan.channels * problem.num_cells * plan.row;
-    for (int64_t chunk = task % plan.slabs; chunk < plan.chunks; chunk += plan.slabs) {
+    for (int64_t chunk = plan.begin_of(region) + task % slabs; chunk < last; chunk += slabs) {
       if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
       const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
       for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {

@@ -12,8 +12,11 @@ struct Plan {
   int64_t groups;    // (sample, channel) pairs, or samples where a softmax needs all channels of a voxel together
   int64_t channels;  // of a group
   int64_t slabs;     // parts of a group's volume that are summed apart, each into a table of its own
-  int64_t chunks;    // runs of kChunk voxels; chunk j belongs to slab j % slabs, which evens out dense regions
+  int64_t regions;   // of the volume, one after the other, so that threads may keep to theirs
+  int64_t chunks;    // runs of kChunk voxels; those of a region belong to its slabs in turn, which evens out dense places
   int64_t row;       // doubles per cell of a table: the count, then the sums
+
+  int64_t begin_of(int64_t region) const { return chunks / regions * region + chunks % regions * region / regions; }
 };
 
 constexpr int64_t kChunk = 8192;

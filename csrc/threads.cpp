@@ -13,47 +13,58 @@ namespace {
 
 constexpr int64_t kRangesPerThread = 4;  // so that a thread that is held up leaves its share to the others
 
-// Threads take range after range. Whoever comes last finds nothing, so that it does not matter how many come.
+// The indices that are one thread's, unless others take them because they have none left.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+// Each thread begins with its own share, the same part of the whole in every pass, whose data its caches may still hold;
+// PyTorch's own loops are shared out in the same way. Then it takes ranges of what others have left. Whoever comes last
+// finds nothing, so that it does not matter how many come.
 struct Task {
   void (*body)(int64_t begin, int64_t end, void* context);
   void* context;
-  int64_t count;
   int64_t range;
-  std::atomic<int64_t> next{0};
+  std::vector<Share> shares;
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
 };
 
-void work(Task& task) noexcept {
-  for (;;) {
-    const int64_t begin = task.next.fetch_add(task.range, std::memory_order_relaxed);
-    if (begin >= task.count) return;
-    const int64_t left = task.count - begin;
-    try {
-      task.body(begin, begin + (left < task.range ? left : task.range), task.context);
-    } catch (...) {  // must not leave a thread of a pool
-      if (!task.failed.exchange(true)) task.error = std::current_exception();
+void work(Task& task, int64_t worker) noexcept {
+  const int64_t count = static_cast<int64_t>(task.shares.size());
+  for (int64_t other = 0; other < count; ++other) {
+    Share& share = task.shares[static_cast<size_t>((worker + other) % count)];
+    for (;;) {
+      const int64_t begin = share.next.fetch_add(task.range, std::memory_order_relaxed), left = share.end - begin;
+      if (left <= 0) break;
+      try {
+        task.body(begin, begin + (left < task.range ? left : task.range), task.context);
+      } catch (...) {  // must not leave a thread of a pool
+        if (!task.failed.exchange(true)) task.error = std::current_exception();
+      }
     }
   }
 }
 
-void work_on_own_threads(Task& task, int64_t count) {
+void work_on_own_threads(Task& task) {
+  const int64_t count = static_cast<int64_t>(task.shares.size());
   std::vector<std::thread> others;
   try {
     others.reserve(static_cast<size_t>(count - 1));
-    for (int64_t i = 1; i < count; ++i) others.emplace_back(work, std::ref(task));
+    for (int64_t worker = 1; worker < count; ++worker) others.emplace_back(work, std::ref(task), worker);
   } catch (const std::exception&) {  // the system gives no more: those that have started will do
   }
-  work(task);
+  work(task, 0);
   for (std::thread& other : others) other.join();
 }
 
-void work_in_pool(Task& task, int64_t count, bl_parallel_for parallel_for) {
+void work_in_pool(Task& task, bl_parallel_for parallel_for) {
   const auto take_part = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) work(*static_cast<Task*>(context));
+    for (int64_t worker = begin; worker < end; ++worker) work(*static_cast<Task*>(context), worker);
   };
-  parallel_for(0, count, 1, take_part, &task);
-  work(task);  // does nothing, unless the pool reported an error
+  parallel_for(0, static_cast<int64_t>(task.shares.size()), 1, take_part, &task);
+  work(task, 0);  // does nothing, unless the pool reported an error
 }
 
 }  // namespace
@@ -63,13 +74,17 @@ void run_parallel(const bl_threads& threads, int64_t count, void (*body)(int64_t
   if (count <= 0) return;
   if (count == 1 || threads.count <= 1) return body(0, count, context);
   const int64_t range = (count - 1) / (kRangesPerThread * threads.count) + 1;
-  const int64_t ranges = (count - 1) / range + 1;
-  Task task{body, context, count, range};
-  const int64_t workers = ranges < threads.count ? ranges : threads.count;
+  const int64_t ranges = (count - 1) / range + 1, workers = ranges < threads.count ? ranges : threads.count;
+  Task task{body, context, range, std::vector<Share>(static_cast<size_t>(workers))};
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    Share& share = task.shares[static_cast<size_t>(worker)];
+    share.next = count / workers * worker + count % workers * worker / workers;
+    share.end = count / workers * (worker + 1) + count % workers * (worker + 1) / workers;
+  }
   if (threads.parallel_for)
-    work_in_pool(task, workers, threads.parallel_for);
+    work_in_pool(task, threads.parallel_for);
   else
-    work_on_own_threads(task, workers);
+    work_on_own_threads(task);
   if (task.error) std::rethrow_exception(task.error);
 }
 
