@@ -21,7 +21,7 @@ if WANTED not in ("", "0", "1"):
     sys.exit(f"error: BLOBLOSS_FAST_NATIVE must be 1 (a must), 0 (leave out) or not set; got {WANTED!r}")
 
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-PER_INSTRUCTION_SET = ("csrc/nearest_lines.cpp", "csrc/segment_stats.cpp")
+PER_INSTRUCTION_SET = ("csrc/label_rows.cpp", "csrc/nearest_lines.cpp", "csrc/segment_stats.cpp")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Never -ffast-math, which deletes the steps that keep rounding errors small; never -fopenmp: the threads are PyTorch's.

@@ -103,7 +103,7 @@ def partition(
         _checks.connectivity(connectivity, logits.ndim - 2)
         if wants_blob:
             class_map = target.shape[1] < channels
-            instances, counts = _ops.label_target(target, channels, class_map, softmax, connectivity, ignore_index)
+            instances, counts = _ops.run_label_target(target, channels, class_map, softmax, connectivity, ignore_index)
             if max_instances is None:
                 max_instances = int(counts.max())
             if channel0 != "background":

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BLOBLOSS_ABI 3
+#define BLOBLOSS_ABI 4
 #define BLOBLOSS_MAX_FEATURES 6
 
 #if defined(_WIN32)
@@ -115,8 +115,7 @@ struct bl_zones {
 // The instances of a target: the connected components of every sample and channel alone.
 struct bl_labelling {
   struct bl_volume target;  // BL_F32 and later types; one channel for many is a class map
-  int32_t* ids;             // [B, R, V], every entry written; R is 1 for a softmax of two channels, C otherwise
-  int64_t* counts;          // [B, R]
+  int64_t* counts;          // [B, R]; R is 1 for a softmax of two channels, C otherwise
   int64_t batch;
   int64_t channels;  // C, of the logits
   int64_t depth;     // V = depth * height * width
@@ -160,9 +159,14 @@ BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t
 // Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.
 BLOBLOSS_EXPORT int32_t blobloss_nearest_instance(const struct bl_zones* arguments);
 
-// Ids from 1 in the order of their first voxels. BL_NOT_BINARY, BL_NOT_A_CLASS: a voxel is neither known nor ignored.
+// Finds the instances and counts them. BL_NOT_BINARY, BL_NOT_A_CLASS: a voxel is neither known nor ignored.
 // BL_TOO_MANY_RUNS: a sample and channel has 2^31 or more stretches of foreground voxels along its last axis.
-BLOBLOSS_EXPORT int32_t blobloss_connected_components(const struct bl_labelling* arguments);
+// Unless something is wrong, `found` is for blobloss_write_components, which must be called once.
+BLOBLOSS_EXPORT int32_t blobloss_find_components(const struct bl_labelling* arguments, void** found);
+
+// Writes ids [B, R, V], every entry, from 1 in the order of their first voxels, as BL_I32 or, where all counts fit into it,
+// BL_I16; with null instead of ids nothing is written. Frees what was found.
+BLOBLOSS_EXPORT void blobloss_write_components(void* found, void* ids, int32_t type);
 
 // For tests: one feature and its derivative at n logits, in float or double.
 BLOBLOSS_EXPORT void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double,

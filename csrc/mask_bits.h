@@ -11,27 +11,21 @@
 #include <emmintrin.h>
 #endif
 
-#include "blobloss.h"
+#include "label_rows.h"
+
+#ifndef BLOBLOSS_ISA
+#define BLOBLOSS_ISA baseline
+#endif
 
 namespace blobloss {
-
-constexpr int64_t kWord = 64;  // voxels of a word, the first one in its lowest bit
+namespace BLOBLOSS_ISA {
 
 constexpr uintptr_t kAhead = 2048;  // bytes: fetched early, a mask that no cache holds takes a third less time
-
-// What is looked for in a target. The type of its voxels need not be able to hold the value or the ignored one.
-struct Wanted {
-  int64_t value;
-  int64_t ignore;
-  int64_t classes;  // 0 .. classes - 1 are known; 2 for a binary target
-  bool has_value;
-  bool has_ignore;
-};
 
 namespace mask_bits {
 
 // 64 bytes that are 0 or 1 as bits.
-inline uint64_t pack(const uint8_t* flags) {
+static inline uint64_t pack(const uint8_t* flags) {
   uint64_t bits = 0;
 #if defined(__SSE2__)
   for (int part = 0; part < 4; ++part) {
@@ -60,14 +54,16 @@ struct Values {
     if (has_value) value = static_cast<T>(wanted.value);
     if (has_ignore) ignore = static_cast<T>(wanted.ignore);
     const int64_t most = wanted.classes - 1;
-    last = holds(most) ? static_cast<T>(most) : std::numeric_limits<T>::max();
+    last = holds(most) ? static_cast<T>(most) : kMost;
   }
 
   static bool holds(int64_t x) {
     if (std::is_floating_point<T>::value) return true;
-    return x >= static_cast<int64_t>(std::numeric_limits<T>::min()) &&
-           x <= static_cast<int64_t>(std::numeric_limits<T>::max());
+    return x >= static_cast<int64_t>(kLeast) && x <= static_cast<int64_t>(kMost);
   }
+
+ private:
+  static constexpr T kLeast = std::numeric_limits<T>::min(), kMost = std::numeric_limits<T>::max();
 };
 
 template <typename T>
@@ -189,7 +185,7 @@ using ReadRows = bool (*)(const void* first, int64_t rows, int64_t width, const 
                           uint64_t* ignored);
 
 // Null for a type that is not read.
-inline ReadRows reader_of(int32_t type) {
+static inline ReadRows reader_of(int32_t type) {
   switch (type) {
     case BL_BOOL:
     case BL_U8: return mask_bits::read<uint8_t>;
@@ -203,4 +199,5 @@ inline ReadRows reader_of(int32_t type) {
   }
 }
 
+}  // namespace BLOBLOSS_ISA
 }  // namespace blobloss

@@ -1,31 +1,34 @@
 // The runs of a row of bits (stretches of foreground voxels along the last axis), and the union of runs that meet.
 #pragma once
 
-#include <stdint.h>
-
-#include <algorithm>
-
 #include "mask_bits.h"
 
 namespace blobloss {
+namespace BLOBLOSS_ISA {
+namespace runs {
 
-constexpr int kShort = 8;  // voxels
+constexpr int kShort = 16;  // voxels
 
-inline int popcount(uint64_t x) {  // the built-in one is a call where the instruction set has none
+inline int popcount(uint64_t x) {
+#if defined(__POPCNT__)
+  return __builtin_popcountll(x);
+#else  // where the built-in one is a call
   x -= x >> 1 & 0x5555555555555555u;
   x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
   return static_cast<int>(((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
+#endif
 }
 
 // Unites two runs, after M. Rem: of two parents the larger is lowered step by step, so that a parent is never larger
 // than its child and the root is the smallest of all.
 inline void unite(int32_t* parents, int64_t a, int64_t b) {
   while (parents[a] != parents[b]) {
-    if (parents[a] < parents[b]) std::swap(a, b);
-    const int32_t parent = parents[a];
-    parents[a] = parents[b];
-    if (parent == a) return;
+    const int64_t low = parents[a] < parents[b] ? a : b, high = a + b - low;
+    const int32_t parent = parents[high];
+    parents[high] = parents[low];
+    if (parent == high) return;
     a = parent;
+    b = low;
   }
 }
 
@@ -121,10 +124,16 @@ void for_runs(const uint64_t* row, int64_t words, const Body& body) {
 
 // Writes a run among zeros, of which those up to `room` may be written again. Of a short run as many voxels as of any
 // other: a loop over the few that it has would be guessed wrong time and again.
-inline void fill(int32_t* from, int32_t* until, const int32_t* room, int32_t id) {
-  if (until - from > kShort || room - until < kShort) return std::fill(from, until, id);
+template <typename I>
+inline void fill(I* from, I* until, const I* room, I id) {
+  if (until - from > kShort || room - until < kShort) {
+    for (; from < until; ++from) *from = id;
+    return;
+  }
   for (int i = 0; i < kShort; ++i) from[i] = id;
   for (int i = 0; i < kShort; ++i) until[i] = 0;
 }
 
+}  // namespace runs
+}  // namespace BLOBLOSS_ISA
 }  // namespace blobloss

@@ -14,6 +14,8 @@
 
 namespace {
 
+const char* const kSets[] = {"baseline", "avx2", "avx512"};  // of instructions
+
 using Bytes = std::vector<unsigned char>;
 using Random = std::mt19937;
 

@@ -16,7 +16,6 @@
 
 namespace {
 
-const char* const kSets[] = {"baseline", "avx2", "avx512"};
 
 std::atomic<int> failures{0};
 

@@ -338,7 +338,27 @@ def test_no_voxel_at_all():
 @pytest.mark.parametrize(("status", "error", "match"), [(16, MemoryError, "no memory"), (32, ValueError, "2\\^31")])
 def test_what_the_library_reports(status, error, match, monkeypatch):
     """Of volumes that are too large for a test."""
-    library = native._library()._replace(connected_components=lambda arguments: status)
+    library = native._library()._replace(find_components=lambda arguments, found: status)
     monkeypatch.setattr(native, "_library", lambda: library)
     with pytest.raises(error, match=match):
         connected_components(torch.ones(1, 1, 2, 2))
+
+
+def test_nothing_stays_where_there_is_no_memory_for_the_ids(monkeypatch):
+    written = []
+    library = native._library()
+
+    def write(found, *ids):
+        written.append(ids)
+        library.write_components(found, *ids)
+
+    def empty(*shape, dtype):
+        if dtype == torch.int64:
+            return torch.zeros(*shape, dtype=dtype)
+        raise MemoryError("no ids")
+
+    monkeypatch.setattr(native, "_library", lambda: library._replace(write_components=write))
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(MemoryError, match="no ids"):
+        connected_components(torch.ones(1, 1, 2, 2))
+    assert written == [(0, 0)]

@@ -22,7 +22,7 @@ from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE, IdToo
 from .reference import compute_dtype
 
 PATH = Path(__file__).parents[1] / ("_native" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so"))
-ABI = 3
+ABI = 4
 
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS, 1: TOO_LARGE, 8: NOT_A_PROBABILITY}  # the first one found is raised
 _NO_MEMORY = 16
@@ -37,7 +37,8 @@ class _Library(NamedTuple):
     loss: Any
     largest: Any
     nearest_instance: Any
-    connected_components: Any
+    find_components: Any
+    write_components: Any
 
 
 # ---------------------------------------------------------------- the library
@@ -81,7 +82,9 @@ def open_library(path: Path) -> _Library | str:
         library.blobloss_largest.argtypes = (pointer, integer, integer, pointer)
         library.blobloss_largest.restype = integer
         library.blobloss_nearest_instance.argtypes = (pointer,)
-        library.blobloss_connected_components.argtypes = (pointer,)
+        library.blobloss_find_components.argtypes = (pointer, pointer)
+        library.blobloss_write_components.argtypes = (pointer, pointer, ctypes.c_int32)
+        library.blobloss_write_components.restype = None
         return _Library(
             library.blobloss_isa().decode(),
             library.blobloss_segment_stats_forward,
@@ -90,7 +93,8 @@ def open_library(path: Path) -> _Library | str:
             library.blobloss_loss,
             library.blobloss_largest,
             library.blobloss_nearest_instance,
-            library.blobloss_connected_components,
+            library.blobloss_find_components,
+            library.blobloss_write_components,
         )
     except (OSError, AttributeError) as error:  # another platform's file, or not a library of ours
         return f"the native library cannot be loaded ({error}): {again}"

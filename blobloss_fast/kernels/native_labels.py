@@ -1,10 +1,12 @@
 """Connected components by the native library (csrc/connected_components.cpp), whose truth and fallback is ``labels``.
 
-One call reads the target as it is, checks its values, and writes the ids and the counts of all samples and channels.
+One call reads the target as it is, checks its values, and counts the instances of all samples and channels; another
+writes their ids, which may take two bytes rather than four where that is enough for their number.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import torch
@@ -15,7 +17,7 @@ from .layout import NOT_A_CLASS, NOT_BINARY
 
 # The types of a target that the library reads; all others are for NumPy.
 _DTYPES = (torch.float32, torch.float64, torch.bool, *structs.INTEGERS)
-_LABELLING = struct.Struct("@Pqqii2P6q4iqP")
+_LABELLING = struct.Struct("@PqqiiP6q4iqP")
 _DIFFERING_AXES = {4: 1, 6: 1, 8: 2, 18: 2, 26: 3}  # in how many of them the places of two neighbours may differ
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS}
 _NO_MEMORY = 16
@@ -25,20 +27,32 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     """Label every sample and channel of a binary mask alone; see ``labels.connected_components``."""
     if mask.dtype not in _DTYPES:
         return labels.connected_components(mask, connectivity)
-    return _find(mask, mask.shape[1], False, False, connectivity, None)
+    return _find(mask, mask.shape[1], False, False, connectivity, None, False)
 
 
 def label_target(
-    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
+    target: Tensor,
+    channels: int,
+    class_map: bool,
+    softmax: bool,
+    connectivity: int,
+    ignore: int | None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Find the instances of a target; see ``labels.label_target``."""
+    """Find the instances of a target; see ``labels.label_target``. If ``narrow``, ids are int16 where that will do."""
     if target.dtype not in _DTYPES:
         return labels.label_target(target, channels, class_map, softmax, connectivity, ignore)
-    return _find(target, channels, class_map, softmax, connectivity, ignore)
+    return _find(target, channels, class_map, softmax, connectivity, ignore, narrow)
 
 
 def _find(
-    target: Tensor, channels: int, class_map: bool, softmax: bool, connectivity: int, ignore: int | None
+    target: Tensor,
+    channels: int,
+    class_map: bool,
+    softmax: bool,
+    connectivity: int,
+    ignore: int | None,
+    narrow: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, own, *spatial = target.shape
     expected = 1 if class_map else channels
@@ -48,16 +62,15 @@ def _find(
             "has one, a binary target as many as the logits"
         )
     returned = 1 if softmax and channels == 2 else channels
-    ids = torch.empty(batch, returned, *spatial, dtype=torch.int32)
     counts = torch.empty(batch, returned, dtype=torch.int64)
     if not target.numel():
-        return ids, counts.zero_()
+        return torch.empty(batch, returned, *spatial, dtype=torch.int32), counts.zero_()
     _kept, volume = structs.volume("target", target, _DTYPES, batch, channels, target.numel() // (batch * own))
     axes = [size for size in spatial if size > 1]  # the others change neither the order nor the neighbours
-    status = native._library().connected_components(
+    library, found = native._library(), ctypes.c_void_p()
+    status = library.find_components(
         _LABELLING.pack(
             *volume,
-            ids.data_ptr(),
             counts.data_ptr(),
             batch,
             channels,
@@ -69,16 +82,27 @@ def _find(
             softmax,
             _DIFFERING_AXES[connectivity],
             *native._threads(),
-        )
+        ),
+        ctypes.byref(found),
     )
+    if status:
+        _raise(status)
+    ids = None
+    try:
+        few = narrow and int(counts.max()) <= torch.iinfo(torch.int16).max
+        ids = torch.empty(batch, returned, *spatial, dtype=torch.int16 if few else torch.int32)
+    finally:
+        library.write_components(found, *(0, 0) if ids is None else (ids.data_ptr(), structs.TYPES[ids.dtype]))
+    return ids, counts
+
+
+def _raise(status: int) -> None:
     if status & _NO_MEMORY:
         raise MemoryError("the native library got no memory to label a volume of this size: label smaller parts of it")
     for bit, message in _STATUS.items():
         if status & bit:
             raise ValueError(message)
-    if status:
-        raise ValueError(
-            "mask (or target) must have fewer than 2^31 stretches of foreground along its last axis in every sample "
-            "and channel, since ids are int32: label smaller parts of it"
-        )
-    return ids, counts
+    raise ValueError(
+        "mask (or target) must have fewer than 2^31 stretches of foreground along its last axis in every sample and "
+        "channel, since ids are int32: label smaller parts of it"
+    )
