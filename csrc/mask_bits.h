@@ -148,22 +148,26 @@ class BinaryBytesFinder {
 
 template <typename T, typename AnyFinder>
 bool read_with(AnyFinder find, const T* x, int64_t rows, int64_t width, uint64_t* voxels, uint64_t* ignored) {
-  const auto put = [&](const Found& found) {
-    *voxels++ = found.voxels;
-    if (ignored) *ignored++ = found.ignored;
+  const auto put = [&](const Found& found, uint64_t there) {
+    *voxels++ = found.voxels & there;
+    if (ignored) *ignored++ = found.ignored & there;
   };
+  const T* const last = x + rows * width;
   const int64_t tail = width % kWord;
   for (int64_t row = 0; row < rows; ++row) {
     for (const T* const end = x + (width - tail); x < end; x += kWord) {
       __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + kAhead));
-      put(find(x));
+      put(find(x), ~uint64_t{0});
     }
     if (!tail) continue;
-    T part[kWord];
-    for (int64_t i = 0; i < kWord; ++i) part[i] = x[i < tail ? i : 0];  // filled up with what is there
-    const Found found = find(part);
     const uint64_t there = (uint64_t{1} << tail) - 1;
-    put({found.voxels & there, found.ignored & there});
+    if (last - x >= kWord) {  // with what follows of the next rows, which is looked at there as well
+      put(find(x), there);
+    } else {
+      T part[kWord] = {};  // zeros are known
+      memcpy(part, x, static_cast<size_t>(tail) * sizeof(T));
+      put(find(part), there);
+    }
     x += tail;
   }
   return find.all_known();
