@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import Step
+from bench.timing import WARM, Step
 from bench.workloads import Workload
 from blobloss_fast import BlobLoss, CCLoss, _ops, connected_components, criteria, nearest_instance
 from blobloss_fast.kernels import reference
@@ -199,7 +199,7 @@ class Contestant:
             logits.grad = None
             loss(logits).backward()
 
-        return Step(forward_and_backward, self.backend, warm=self.prepare is not _loop)
+        return Step(forward_and_backward, self.backend, warm=0 if self.prepare is _loop else WARM)
 
 
 def _loop(workload: Workload) -> Loss:

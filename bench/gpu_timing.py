@@ -59,7 +59,7 @@ class Clock:
     def seconds(self, steps: Mapping[str, Function], rounds: int) -> dict[str, list[float]]:
         """Every timed run of every step. They take turns, after warm runs, and find no cache filled by another run."""
         counts = {key: self._rounds(step, rounds) for key, step in steps.items()}
-        return interleaved({key: Step(step) for key, step in steps.items()}, counts)
+        return interleaved({key: Step(step, warm=1e-9) for key, step in steps.items()}, counts)
 
     def medians(self, steps: Mapping[str, Function], rounds: int) -> dict[str, float]:
         return {key: statistics.median(times) for key, times in self.seconds(steps, rounds).items()}

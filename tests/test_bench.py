@@ -206,10 +206,21 @@ def test_reference_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_take_turns() -> None:
     order: list[str] = []
-    steps = {key: timing.Step(partial(order.append, key), warm=key != "loop") for key in ("loop", "ours", "dice")}
+    warm = {"loop": 0.0, "ours": 1e-9, "dice": 1e-9}
+    steps = {key: timing.Step(partial(order.append, key), warm=seconds) for key, seconds in warm.items()}
     times = timing.interleaved(steps, {"loop": 1, "ours": 2, "dice": 2})
     assert order == ["loop", *["ours"] * 2, *["dice"] * 2, *["ours"] * 2, *["dice"] * 2]
     assert {key: len(t) for key, t in times.items()} == {"loop": 1, "ours": 2, "dice": 2}
+
+
+@pytest.mark.parametrize(("warm", "untimed"), [(0, 0), (1e-9, 1), (2, 1), (10, 5), (11, 6)])
+def test_runs_are_untimed_until_a_step_is_warm(warm: float, untimed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which every run takes two seconds."""
+    runs: list[None] = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 2.0 * len(runs))
+    steps = {"step": timing.Step(partial(runs.append, None), warm=warm)}
+    assert timing.interleaved(steps, {"step": 3}) == {"step": [2.0] * 3}
+    assert len(runs) == 3 * (untimed + 1)
 
 
 def state_of_the_child(report: timing.Report) -> tuple[int, str, dict[str, str], int]:
