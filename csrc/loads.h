@@ -86,20 +86,24 @@ BL_INLINE void from_bfloats(const uint16_t* from, int n, float* to) {
   }
 }
 
+// The upper halves are the numbers, once half of what the lower can hold was added.
+BL_INLINE __m512i round_to_bfloat(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+  __m512i rounded = _mm512_add_epi32(bits, half);
+  rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), rounded, one);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+
 BL_INLINE void to_bfloats(const float* from, int n, uint16_t* to) {
-  if (n % 16) return to_bfloats<float>(from, n, to);
-  alignas(64) uint16_t odd[32];  // where the high halves are
-  for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>((2 * i + 1) % 32);
+  if (n % 32) return to_bfloats<float>(from, n, to);
+  alignas(64) uint16_t odd[32];  // where the upper halves are, in two vectors
+  for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>(2 * i + 1);
   const __m512i order = _mm512_load_si512(odd);
-  for (int i = 0; i < n; i += 16) {
-    const __m512 x = _mm512_loadu_ps(from + i);
-    const __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
-    __m512i rounded = _mm512_add_epi32(bits, half);
-    rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), rounded, one);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    const __m512i halves = _mm512_maskz_permutexvar_epi16(0xffffffff, order, rounded);
-    store_halves(to + i, _mm512_maskz_extracti32x8_epi32(0xff, halves, 0));
+  for (int i = 0; i < n; i += 32) {
+    const __m512i first = round_to_bfloat(_mm512_loadu_ps(from + i));
+    const __m512i second = round_to_bfloat(_mm512_loadu_ps(from + i + 16));
+    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(first, order, second));
   }
 }
 #endif
@@ -231,14 +235,49 @@ BL_INLINE int32_t twice(int32_t id, int32_t bit) {
   return static_cast<int32_t>(2u * static_cast<uint32_t>(id) + static_cast<uint32_t>(bit));
 }
 
-// The cells of n voxels, 2 * id + bit: whether each belongs to channel `own` of a class map, or (own = -1) to a binary
-// target.
+template <int kBytes>
+struct UnsignedOf;
+template <>
+struct UnsignedOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct UnsignedOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct UnsignedOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct UnsignedOf<8> {
+  using type = uint64_t;
+};
+
+// Whether all values of a block have the same bits.
 template <typename S>
-static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32_t classes,
+static bool is_constant(const S* from) {
+  typedef typename UnsignedOf<sizeof(S)>::type U __attribute__((may_alias));
+  const U* const bits = reinterpret_cast<const U*>(from);
+  U different = 0;
+  for (int i = 0; i < kBlock; ++i) different |= static_cast<U>(bits[i] ^ bits[0]);
+  return !different;
+}
+
+// The cells of n voxels, 2 * id + bit: whether each belongs to channel `own` of a class map, or (own = -1) to a binary
+// target. If the ids are all the same, as in nearly all blocks, the target usually is, too: then one voxel tells all.
+template <typename S>
+static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32_t classes, bool same_ids,
                      const int32_t* __restrict ids, int32_t* __restrict cells) {
   const S* __restrict from = static_cast<const S*>(data) + offset;
   int32_t unknown = 0, different = 0;
   const auto join_voxels = [&](auto bit_of, auto is_unknown) {
+    if (same_ids && is_constant(from)) {
+      const int32_t cell = twice(ids[0], bit_of(value_of(from[0]))) | (ids[0] >> 31);
+      for (int i = 0; i < kBlock; ++i) cells[i] = cell;
+      unknown = is_unknown(value_of(from[0])) & ~(ids[0] >> 31);
+      return;
+    }
     const auto cell_of = [&](int i) { return twice(ids[i], bit_of(value_of(from[i]))) | (ids[i] >> 31); };
     const int32_t first = cell_of(0);
     for (int i = 0; i < n; ++i) {
@@ -258,20 +297,20 @@ static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32
   return {n < kBlock ? 1 : different, unknown};
 }
 
-static Found join(const bl_volume& target, int64_t offset, int n, int32_t own, int32_t classes, const int32_t* ids,
-                  int32_t* cells) {
+static Found join(const bl_volume& target, int64_t offset, int n, int32_t own, int32_t classes, bool same_ids,
+                  const int32_t* ids, int32_t* cells) {
   const void* data = target.data;
   switch (target.type) {
     case BL_BOOL:
-    case BL_U8: return join_as<uint8_t>(data, offset, n, own, classes, ids, cells);
-    case BL_I8: return join_as<int8_t>(data, offset, n, own, classes, ids, cells);
-    case BL_I16: return join_as<int16_t>(data, offset, n, own, classes, ids, cells);
-    case BL_I32: return join_as<int32_t>(data, offset, n, own, classes, ids, cells);
-    case BL_I64: return join_as<int64_t>(data, offset, n, own, classes, ids, cells);
-    case BL_F32: return join_as<float>(data, offset, n, own, classes, ids, cells);
-    case BL_F64: return join_as<double>(data, offset, n, own, classes, ids, cells);
-    case BL_F16: return join_as<Half>(data, offset, n, own, classes, ids, cells);
-    default: return join_as<Bfloat>(data, offset, n, own, classes, ids, cells);
+    case BL_U8: return join_as<uint8_t>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_I8: return join_as<int8_t>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_I16: return join_as<int16_t>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_I32: return join_as<int32_t>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_I64: return join_as<int64_t>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_F32: return join_as<float>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_F64: return join_as<double>(data, offset, n, own, classes, same_ids, ids, cells);
+    case BL_F16: return join_as<Half>(data, offset, n, own, classes, same_ids, ids, cells);
+    default: return join_as<Bfloat>(data, offset, n, own, classes, same_ids, ids, cells);
   }
 }
 
@@ -306,7 +345,8 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
     const int32_t own = target.channels < problem.channels ? static_cast<int32_t>(c) : -1;
     const int64_t from = b * target.batch_stride + c * target.channel_stride + start;
     int32_t* cells_of_both = buffer + kBlock;
-    const Found found = join(target, from, n, own, static_cast<int32_t>(problem.channels), ids, cells_of_both);
+    const int32_t classes = static_cast<int32_t>(problem.channels);
+    const Found found = join(target, from, n, own, classes, uniform && n == kBlock, ids, cells_of_both);
     if (found.unknown) *status |= own < 0 ? BL_NOT_BINARY : BL_NOT_A_CLASS;
     ids = cells_of_both;
     uniform = found.different == 0;
