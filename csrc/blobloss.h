@@ -152,10 +152,6 @@ BLOBLOSS_EXPORT int32_t blobloss_finish(const struct bl_finish* arguments);
 BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t* counts, void* sums,
                                       const struct bl_finish* arguments);
 
-// The largest of the integers in a volume [B, C, V], at least 0.
-BLOBLOSS_EXPORT int64_t blobloss_largest(const struct bl_volume* volume, int64_t batch, int64_t voxels,
-                                         const struct bl_threads* threads);
-
 // Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.
 BLOBLOSS_EXPORT int32_t blobloss_nearest_instance(const struct bl_zones* arguments);
 

@@ -175,28 +175,6 @@ int32_t blobloss_loss(const bl_problem* problem, int64_t* counts, void* sums, co
   return finished;
 }
 
-int64_t blobloss_largest(const bl_volume* volume, int64_t batch, int64_t voxels, const bl_threads* threads) {
-  static const int64_t kBytes[] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};  // of the types, in their order
-  const int64_t chunks = (voxels + kChunk - 1) / kChunk, rows = batch * volume->channels;
-  std::atomic<int64_t> largest{0};
-  run_parallel(threads_for(*threads, rows * voxels, kParallelVoxels), rows * chunks, [&](int64_t begin, int64_t end) {
-    int64_t most = 0;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / chunks, start = task % chunks * kChunk;
-      const int64_t n = voxels - start < kChunk ? voxels - start : kChunk;
-      const int64_t offset =
-          row / volume->channels * volume->batch_stride + row % volume->channels * volume->channel_stride + start;
-      const char* data = static_cast<const char*>(volume->data) + offset * kBytes[volume->type];
-      const int64_t found = kernels().largest(volume->type, data, n);
-      most = found > most ? found : most;
-    }
-    int64_t seen = largest.load();
-    while (most > seen && !largest.compare_exchange_weak(seen, most)) {
-    }
-  });
-  return largest.load();
-}
-
 void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,
                        void* value, void* slope) {
   kernels().evaluate(feature, activation, gamma, is_double, x, n, value, slope);

@@ -184,24 +184,6 @@ static int32_t backward_any(const bl_problem& problem, const Plan& plan, int64_t
 
 // ---------------------------------------------------------------- the rest
 
-template <typename I>
-static int64_t largest_of(const void* data, int64_t n) {
-  const I* __restrict ids = static_cast<const I*>(data);
-  I most = 0;
-  for (int64_t i = 0; i < n; ++i) most = ids[i] > most ? ids[i] : most;
-  return static_cast<int64_t>(most);
-}
-
-static int64_t largest(int32_t type, const void* data, int64_t n) {
-  switch (type) {
-    case BL_U8: return largest_of<uint8_t>(data, n);
-    case BL_I8: return largest_of<int8_t>(data, n);
-    case BL_I16: return largest_of<int16_t>(data, n);
-    case BL_I32: return largest_of<int32_t>(data, n);
-    default: return largest_of<int64_t>(data, n);
-  }
-}
-
 template <typename T>
 static void evaluate_as(int32_t feature, int32_t activation, T gamma, const T* x, int64_t n, T* value, T* slope) {
   Block<T> block;
@@ -229,7 +211,7 @@ static void evaluate(int32_t feature, int32_t activation, double gamma, int32_t 
 #define BL_STRING_OF(name) #name
 #define BL_STRING(name) BL_STRING_OF(name)
 
-extern const Kernels kernels = {BL_STRING(BLOBLOSS_ISA), forward_any, backward_any, largest, evaluate};
+extern const Kernels kernels = {BL_STRING(BLOBLOSS_ISA), forward_any, backward_any, evaluate};
 
 }  // namespace BLOBLOSS_ISA
 }  // namespace blobloss

@@ -29,8 +29,6 @@ struct Kernels {
   // Task g * chunks + j writes the gradient in chunk j of group g.
   int32_t (*backward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, const void* grad_sums,
                       void* grad);
-  // The largest of `n` integers, at least 0.
-  int64_t (*largest)(int32_t type, const void* data, int64_t n);
   void (*evaluate)(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,
                    void* value, void* slope);
 };

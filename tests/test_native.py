@@ -127,7 +127,7 @@ def test_calling_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(native, "_load", lambda: native.open_library(tmp_path / "none"))
     assert not native.available()
     with pytest.raises(RuntimeError, match="was not built"):
-        native.largest(torch.ones(1, 1, 3, dtype=torch.int32))
+        native.isa()
 
 
 # ---------------------------------------------------------------- the interface
@@ -188,7 +188,6 @@ def spelled_out(layout: struct.Struct) -> str:
 def test_structs_have_the_fields_of_the_header() -> None:
     for name, layout in (
         ("bl_volume", structs.VOLUME),
-        ("bl_threads", structs.THREADS),
         ("bl_problem", structs.PROBLEM),
         ("bl_finish", structs.FINISH),
     ):
@@ -239,14 +238,6 @@ def test_invalid_values_are_said_as_the_reference_says_them(name: str) -> None:
 def test_no_memory_comes_first() -> None:
     with pytest.raises(MemoryError, match="got no memory for its tables"):
         native._raise(native._NO_MEMORY | 1)
-
-
-@needs_library
-def test_the_largest_id() -> None:
-    assert native.largest(torch.tensor([[[3, 7]], [[200, 0]]], dtype=torch.uint8)) == 200
-    assert native.largest(torch.tensor([[[-3, -7]]])) == 0
-    assert native.largest(torch.tensor([[[5, 2**40]], [[-(2**50), 0]]])) == 2**40
-    assert native.largest(torch.arange(24).view(1, 1, 4, 6)[..., ::2]) == 22
 
 
 @needs_library

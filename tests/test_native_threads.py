@@ -46,12 +46,12 @@ def compute(logits: Tensor, ids: Tensor, target: Tensor) -> list[bytes]:
     spec = LossSpec("sigmoid", 2.0, rows, rows, (), 0.5, 2.0, "none", "class", "terms")
     features = features_of(rows)
     options = (features, "sigmoid", 2.0, "class")
-    most = native.largest(ids)
+    most = int(ids.numpy().max())  # PyTorch would hang in a forked child
     counts, sums = native.segment_stats_forward(logits, ids, target, 2 * (most + 1), *options)
     value, saved = native.finish(counts, sums, features, True, spec)
     grad_sums = native.finish_backward(torch.ones_like(value), counts, saved, features, True, spec)
     grad = native.segment_stats_backward(grad_sums, logits, ids, target, *options)
-    return [str(most).encode(), *(result.numpy().tobytes() for result in (counts, sums, value, grad_sums, grad))]
+    return [result.numpy().tobytes() for result in (counts, sums, value, grad_sums, grad)]
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_pool_that_does_as_it_likes(
     c_pool = POOL(lambda *arguments: calls.append(arguments) or pool(*arguments))
     monkeypatch.setattr(native, "_pool", lambda: ctypes.cast(c_pool, ctypes.c_void_p).value)
     assert compute(*make()) == expected
-    assert len(calls) >= 3  # both passes and the largest id
+    assert len(calls) >= 2  # both passes
 
 
 @needs_pool

@@ -196,6 +196,9 @@ def test_a_choice_that_does_not_exist_is_refused(checkout: Path) -> None:
     assert "BLOBLOSS_FAST_NATIVE must be 1 (a must), 0 (leave out) or not set; got 'yes'" in done.stderr
 
 
+PER_SET = ("label_rows.cpp", "nearest_lines.cpp", "segment_stats.cpp")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a compiler is a shell script")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the baseline is all that is built here")
 @pytest.mark.parametrize(
@@ -227,7 +230,7 @@ for argument; do [ "$before" = -o ] && : > "$argument"; before="$argument"; done
     assert {name for line in commands for name in re.findall(r"-DBLOBLOSS_ISA=(\w+)", line)} == expected
     for source in (ROOT / "csrc").glob("*.cpp"):
         times = [line for line in commands if f"csrc/{source.name}" in line]
-        assert len(times) == (len(expected) if source.name in ("nearest_lines.cpp", "segment_stats.cpp") else 1)
+        assert len(times) == (len(expected) if source.name in PER_SET else 1)
     (dispatch,) = (line for line in commands if "csrc/library.cpp" in line)
     assert set(re.findall(r"-DBLOBLOSS_HAS_(\w+)", dispatch)) == {name.upper() for name in expected}
     assert [line for line in commands if "-ffast-math" in line or "-fopenmp" in line] == []

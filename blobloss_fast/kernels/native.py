@@ -35,7 +35,6 @@ class _Library(NamedTuple):
     backward: Any
     finish: Any
     loss: Any
-    largest: Any
     nearest_instance: Any
     find_components: Any
     write_components: Any
@@ -79,8 +78,6 @@ def open_library(path: Path) -> _Library | str:
         library.blobloss_segment_stats_backward.argtypes = (pointer, pointer, pointer, integer, pointer)
         library.blobloss_finish.argtypes = (pointer,)
         library.blobloss_loss.argtypes = (pointer, pointer, pointer, pointer)
-        library.blobloss_largest.argtypes = (pointer, integer, integer, pointer)
-        library.blobloss_largest.restype = integer
         library.blobloss_nearest_instance.argtypes = (pointer,)
         library.blobloss_find_components.argtypes = (pointer, pointer)
         library.blobloss_write_components.argtypes = (pointer, pointer, ctypes.c_int32)
@@ -91,7 +88,6 @@ def open_library(path: Path) -> _Library | str:
             library.blobloss_segment_stats_backward,
             library.blobloss_finish,
             library.blobloss_loss,
-            library.blobloss_largest,
             library.blobloss_nearest_instance,
             library.blobloss_find_components,
             library.blobloss_write_components,
@@ -222,14 +218,6 @@ def _gradient(
     if _library().backward(problem, grad_sums.data_ptr(), scale, num_scales, grad.data_ptr()):
         _raise(_NO_MEMORY)  # the forward pass has raised for everything else
     return grad
-
-
-def largest(ids: Tensor) -> int:
-    """Return the largest of the ids, at least 0."""
-    shape = ids.shape
-    voxels = ids[0, 0].numel()
-    ids, volume = structs.volume("ids", ids, structs.INTEGERS, shape[0], shape[1], voxels)
-    return _library().largest(structs.VOLUME.pack(*volume), shape[0], voxels, structs.THREADS.pack(*_threads()))
 
 
 def _distinct(features: tuple[str, ...]) -> tuple[tuple[str, ...], Tensor]:

@@ -29,7 +29,6 @@ MOST_FEATURES = 6
 
 VOLUME = struct.Struct("@Pqqii")
 OPTIONS = struct.Struct("@diii6i4x")
-THREADS = struct.Struct("@qP")
 PROBLEM = struct.Struct(f"@{3 * 'Pqqii'}qqqq{OPTIONS.size}sqP")
 FINISH = struct.Struct("@9P6q3d13i4xqP")
 _NO_VOLUME = (0, 0, 0, 0, 0)
