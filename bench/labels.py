@@ -207,9 +207,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         against = {"components": "cc3d / ours", "zones": "scipy / ours", "losses": "MONAI DiceLoss / BlobLoss"}[part]
         blocks.append(table([f"{what}: ms", "threads", *titles, f"{against} (promised)"], lines))
     note = (
-        "Medians of interleaved rounds, each timed run after untimed ones of 5 ms, raised malloc; all results were "
-        "compared in the same run, components and zones bit for bit (scipy's single transform: up to ties). The losses "
-        "find the instances, and the zones, on the fly."
+        "Medians of interleaved rounds, each run after untimed ones of 5 ms (not those of one transform each), raised "
+        "malloc; all results were compared in the same run, components and zones bit for bit (scipy's single "
+        "transform: up to ties). The losses find the instances, and the zones, on the fly."
     )
     return "\n\n".join([*blocks, f"{note} {machine_stamp(results['machine'])}."])
 

@@ -197,7 +197,7 @@ def _origin(machine: Mapping[str, Any], settings: Sequence[Mapping[str, Any]] | 
         span = "" if not loops else str(loops[0]) if len(loops) == 1 else f"{loops[0]} to {loops[-1]}"
         of_the_loop = f" ({span} of the loop)" if span else ""
         rounds = (
-            f" Medians of {most} interleaved rounds{of_the_loop}, each timed run after untimed ones of 5 ms; all "
-            "volumes are in bench/results/cpu.json."
+            f" Medians of {most} interleaved rounds{of_the_loop}, each run but the loop's after untimed ones of 5 "
+            "ms; all volumes are in bench/results/cpu.json."
         )
     return f"{machine_stamp(machine)}.{rounds}"

@@ -1,9 +1,9 @@
 """Operators registered with PyTorch: the only file that knows torch.library.
 
-The dispatcher is the registry of backends. Every operator has the reference as its kernel for any device and a fake
-for tracing; CUDA tensors take Triton where it is installed. The formula of a differentiable operator *is* its
-``torch.autograd.Function``: it is registered for the Autograd key, so eager mode, ``torch.compile`` and opcheck all go
-through one backward, which is an operator of its own.
+The dispatcher is the registry of backends (``run_label_target`` alone may go past it). Every operator has the reference
+as its kernel for any device and a fake for tracing; CUDA tensors take Triton where it is installed. The formula of a
+differentiable operator *is* its ``torch.autograd.Function``: it is registered for the Autograd key, so eager mode,
+``torch.compile`` and opcheck all go through one backward, which is an operator of its own.
 """
 
 from __future__ import annotations
@@ -268,9 +268,11 @@ def run_blob_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def run_label_target(target: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The operator ``label_target``, past it on the CPU, since an operator cannot choose the dtype of its ids.
 
-    Ids of two bytes, where there are few enough, take half the time to write and to read twice.
+    Ids of two bytes, where there are few enough, take half the time to write and to read twice. What something else may
+    want to see, or is not what its memory says, goes through the operator.
     """
-    if target.device.type == "cpu" and type(target) is Tensor and not _is_traced():
+    special = _is_traced() or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    if target.device.type == "cpu" and type(target) is Tensor and not (special or target.is_neg()):
         module = _labels_for_cpu()
         if module is native_labels:
             return module.label_target(target, *args, narrow=True)

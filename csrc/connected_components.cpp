@@ -59,7 +59,7 @@ class Labelling {
     const char* target;
     Wanted wanted;
     bool is_read;
-    int64_t place;   // of its ids, in volumes; -1: the values are checked, and that is all
+    int64_t place;  // of its ids, in volumes; -1: the values are checked, and that is all
   };
 
   Volume volume_at(int64_t sample, int64_t channel) const;

@@ -1,5 +1,5 @@
 // The table of sums and its gradient on the CPU: one read of the logits and the cells forward, one read and one write
-// backward (8 and 12 bytes per voxel at fp32 logits and int32 cells), no temporary larger than a block.
+// backward (8 and 12 bytes per voxel at fp32 logits and int32 cells, 6 and 10 at int16), no temporary larger than a block.
 //
 // A block of 512 voxels that lie in one cell, as nearly all do, is summed and written without looking at its cells again;
 // mixed_block.h has the others. This file is compiled once for every instruction set, each time in the namespace
@@ -49,6 +49,11 @@ static void block_gradient(const bl_problem& problem, Block<T>& block, const T* 
 }
 
 // ---------------------------------------------------------------- tasks
+
+// The first chunk of a region.
+BL_INLINE int64_t first_chunk(const Plan& plan, int64_t region) {
+  return plan.chunks / plan.regions * region + plan.chunks % plan.regions * region / plan.regions;
+}
 
 template <typename T>
 struct Scratch {
@@ -136,9 +141,9 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begi
   if (!softmax.has_memory()) return BL_NO_MEMORY;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.slabs, slabs = plan.slabs / plan.regions;
-    const int64_t region = task % plan.slabs / slabs, last = plan.begin_of(region + 1);
+    const int64_t region = task % plan.slabs / slabs, last = first_chunk(plan, region + 1);
     double* table = tables + task * plan.channels * problem.num_cells * plan.row;
-    for (int64_t chunk = plan.begin_of(region) + task % slabs; chunk < last; chunk += slabs) {
+    for (int64_t chunk = first_chunk(plan, region) + task % slabs; chunk < last; chunk += slabs) {
       if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
       const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
       for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {

@@ -15,8 +15,6 @@ struct Plan {
   int64_t regions;   // of the volume, one after the other, so that threads may keep to theirs
   int64_t chunks;    // runs of kChunk voxels; those of a region belong to its slabs in turn, which evens out dense places
   int64_t row;       // doubles per cell of a table: the count, then the sums
-
-  int64_t begin_of(int64_t region) const { return chunks / regions * region + chunks % regions * region / regions; }
 };
 
 constexpr int64_t kChunk = 8192;

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <exception>
 #include <functional>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -26,16 +28,16 @@ struct Task {
   void (*body)(int64_t begin, int64_t end, void* context);
   void* context;
   int64_t range;
-  std::vector<Share> shares;
+  int64_t workers;
+  std::unique_ptr<Share[]> shares;  // of the workers
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
 };
 
 void work(Task& task, int64_t worker) noexcept {
-  const int64_t count = static_cast<int64_t>(task.shares.size());
-  for (int64_t other = 0; other < count; ++other) {
-    Share& share = task.shares[static_cast<size_t>((worker + other) % count)];
-    for (;;) {
+  for (int64_t other = 0; other < task.workers; ++other) {
+    Share& share = task.shares[(worker + other) % task.workers];
+    while (share.next.load(std::memory_order_relaxed) < share.end) {
       const int64_t begin = share.next.fetch_add(task.range, std::memory_order_relaxed), left = share.end - begin;
       if (left <= 0) break;
       try {
@@ -48,11 +50,10 @@ void work(Task& task, int64_t worker) noexcept {
 }
 
 void work_on_own_threads(Task& task) {
-  const int64_t count = static_cast<int64_t>(task.shares.size());
   std::vector<std::thread> others;
   try {
-    others.reserve(static_cast<size_t>(count - 1));
-    for (int64_t worker = 1; worker < count; ++worker) others.emplace_back(work, std::ref(task), worker);
+    others.reserve(static_cast<size_t>(task.workers - 1));
+    for (int64_t worker = 1; worker < task.workers; ++worker) others.emplace_back(work, std::ref(task), worker);
   } catch (const std::exception&) {  // the system gives no more: those that have started will do
   }
   work(task, 0);
@@ -63,7 +64,7 @@ void work_in_pool(Task& task, bl_parallel_for parallel_for) {
   const auto take_part = [](int64_t begin, int64_t end, void* context) {
     for (int64_t worker = begin; worker < end; ++worker) work(*static_cast<Task*>(context), worker);
   };
-  parallel_for(0, static_cast<int64_t>(task.shares.size()), 1, take_part, &task);
+  parallel_for(0, task.workers, 1, take_part, &task);
   work(task, 0);  // does nothing, unless the pool reported an error
 }
 
@@ -75,9 +76,10 @@ void run_parallel(const bl_threads& threads, int64_t count, void (*body)(int64_t
   if (count == 1 || threads.count <= 1) return body(0, count, context);
   const int64_t range = (count - 1) / (kRangesPerThread * threads.count) + 1;
   const int64_t ranges = (count - 1) / range + 1, workers = ranges < threads.count ? ranges : threads.count;
-  Task task{body, context, range, std::vector<Share>(static_cast<size_t>(workers))};
+  Task task{body, context, range, workers, std::unique_ptr<Share[]>(new (std::nothrow) Share[workers])};
+  if (!task.shares) return body(0, count, context);
   for (int64_t worker = 0; worker < workers; ++worker) {
-    Share& share = task.shares[static_cast<size_t>(worker)];
+    Share& share = task.shares[worker];
     share.next = count / workers * worker + count % workers * worker / workers;
     share.end = count / workers * (worker + 1) + count % workers * (worker + 1) / workers;
   }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import blobloss_fast
-from blobloss_fast.kernels import native, reference, structs
+from blobloss_fast.kernels import native, native_labels, reference, structs
 from blobloss_fast.kernels.layout import (
     ACTIVATIONS,
     CHANNEL0,
@@ -190,6 +190,7 @@ def test_structs_have_the_fields_of_the_header() -> None:
         ("bl_volume", structs.VOLUME),
         ("bl_problem", structs.PROBLEM),
         ("bl_finish", structs.FINISH),
+        ("bl_labelling", native_labels._LABELLING),
     ):
         assert spelled_out(layout) == fields(name)
         assert layout.size == struct.calcsize("@" + fields(name))  # the padding is where a C compiler puts it

@@ -8,8 +8,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blobloss_fast import BlobLoss, connected_components
+from blobloss_fast import BlobLoss, CCLoss, connected_components
 from blobloss_fast.kernels import native, native_labels
 
 from .test_labelling import random_mask, scipy_labels
@@ -84,3 +85,42 @@ def test_the_loss_does_not_change_with_the_bytes_of_ids(monkeypatch):
     assert seen == [torch.int16, torch.int32]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("given", ["mask", "ids", "zones"])
+def test_the_default_device_is_for_new_tensors_of_the_user(given):
+    """A loss of CPU tensors stays on the CPU: the library was once handed memory of the default device for its ids."""
+    mask = random_mask(1, 2, 12, 13, density=0.2)
+    ids, _ = connected_components(mask)
+    logits = torch.randn(mask.shape)
+    loss = CCLoss() if given == "zones" else BlobLoss()
+    arguments = (logits, None, ids) if given == "ids" else (logits, mask)
+    expected = loss(*arguments)
+    with torch.device("meta"):
+        assert torch.equal(loss(*arguments), expected)
+        assert torch.equal(connected_components(mask)[0], ids)
+        assert torch.equal(loss.instance_losses(*arguments)[0].isnan().any(), torch.tensor(False, device="cpu"))
+
+
+def test_what_something_else_wants_to_see_goes_through_the_operator(monkeypatch):
+    mask = random_mask(1, 1, 9, 9).float()
+    logits = torch.randn(mask.shape)
+    expected = BlobLoss()(logits, mask)
+    seen = []
+    find = native_labels.label_target
+    monkeypatch.setattr(native_labels, "label_target", lambda *args, **kw: seen.append(kw) or find(*args, **kw))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names = set()
+    with Watch():
+        assert torch.equal(BlobLoss()(logits, mask), expected)
+    assert "blobloss_fast.label_target.default" in names
+    negated = (-1j * mask).conj().imag  # whose memory holds the opposite of what it is
+    assert negated.is_neg() and torch.equal(negated, mask)
+    assert torch.equal(BlobLoss()(logits, negated), expected)
+    assert seen == [{}, {}]
+    assert torch.equal(BlobLoss()(logits, mask), expected) and seen[2:] == [{"narrow": True}]

@@ -62,37 +62,37 @@ def _find(
             "has one, a binary target as many as the logits"
         )
     returned = 1 if softmax and channels == 2 else channels
-    counts = torch.empty(batch, returned, dtype=torch.int64)
+    counts = torch.empty(batch, returned, dtype=torch.int64, device="cpu")  # whatever the default device is
     if not target.numel():
-        return torch.empty(batch, returned, *spatial, dtype=torch.int32), counts.zero_()
+        return torch.empty(batch, returned, *spatial, dtype=torch.int32, device="cpu"), counts.zero_()
     _kept, volume = structs.volume("target", target, _DTYPES, batch, channels, target.numel() // (batch * own))
     axes = [size for size in spatial if size > 1]  # the others change neither the order nor the neighbours
-    library, found = native._library(), ctypes.c_void_p()
-    status = library.find_components(
-        _LABELLING.pack(
-            *volume,
-            counts.data_ptr(),
-            batch,
-            channels,
-            *(1,) * (3 - len(axes)),
-            *axes,
-            0 if ignore is None else ignore,
-            ignore is not None,
-            class_map,
-            softmax,
-            _DIFFERING_AXES[connectivity],
-            *native._threads(),
-        ),
-        ctypes.byref(found),
-    )
-    if status:
-        _raise(status)
-    ids = None
+    library, found, ids = native._library(), ctypes.c_void_p(), None
     try:
+        status = library.find_components(
+            _LABELLING.pack(
+                *volume,
+                counts.data_ptr(),
+                batch,
+                channels,
+                *(1,) * (3 - len(axes)),
+                *axes,
+                0 if ignore is None else ignore,
+                ignore is not None,
+                class_map,
+                softmax,
+                _DIFFERING_AXES[connectivity],
+                *native._threads(),
+            ),
+            ctypes.byref(found),
+        )
+        if status:
+            _raise(status)
         few = narrow and int(counts.max()) <= torch.iinfo(torch.int16).max
-        ids = torch.empty(batch, returned, *spatial, dtype=torch.int16 if few else torch.int32)
+        ids = torch.empty(batch, returned, *spatial, dtype=torch.int16 if few else torch.int32, device="cpu")
     finally:
-        library.write_components(found, *(0, 0) if ids is None else (ids.data_ptr(), structs.TYPES[ids.dtype]))
+        if found:  # is freed, with or without ids
+            library.write_components(found, *(0, 0) if ids is None else (ids.data_ptr(), structs.TYPES[ids.dtype]))
     return ids, counts
 
 
