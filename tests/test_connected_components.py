@@ -352,9 +352,9 @@ def test_nothing_stays_where_there_is_no_memory_for_the_ids(monkeypatch):
         written.append(ids)
         library.write_components(found, *ids)
 
-    def empty(*shape, dtype):
+    def empty(*shape, dtype, device):
         if dtype == torch.int64:
-            return torch.zeros(*shape, dtype=dtype)
+            return torch.zeros(*shape, dtype=dtype, device=device)
         raise MemoryError("no ids")
 
     monkeypatch.setattr(native, "_library", lambda: library._replace(write_components=write))
