@@ -235,33 +235,10 @@ BL_INLINE int32_t twice(int32_t id, int32_t bit) {
   return static_cast<int32_t>(2u * static_cast<uint32_t>(id) + static_cast<uint32_t>(bit));
 }
 
-template <int kBytes>
-struct UnsignedOf;
-template <>
-struct UnsignedOf<1> {
-  using type = uint8_t;
-};
-template <>
-struct UnsignedOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct UnsignedOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct UnsignedOf<8> {
-  using type = uint64_t;
-};
-
-// Whether all values of a block have the same bits.
+// Whether all values of a block have the same bits: each those of the next.
 template <typename S>
-static bool is_constant(const S* from) {
-  typedef typename UnsignedOf<sizeof(S)>::type U __attribute__((may_alias));
-  const U* const bits = reinterpret_cast<const U*>(from);
-  U different = 0;
-  for (int i = 0; i < kBlock; ++i) different |= static_cast<U>(bits[i] ^ bits[0]);
-  return !different;
+BL_INLINE bool is_constant(const S* from) {
+  return !memcmp(from, from + 1, (kBlock - 1) * sizeof(S));
 }
 
 // The cells of n voxels, 2 * id + bit: whether each belongs to channel `own` of a class map, or (own = -1) to a binary
