@@ -268,7 +268,7 @@ def run_blob_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def run_label_target(target: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The operator ``label_target``, past it on the CPU, since an operator cannot choose the dtype of its ids.
 
-    Ids of two bytes, where there are few enough, take half the time to write and to read twice. What something else may
+    Ids of two bytes, where there are few enough, are half as much to write, and to read twice. What something else may
     want to see, or is not what its memory says, goes through the operator.
     """
     special = _is_traced() or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0

@@ -25,9 +25,7 @@ _NO_MEMORY = 16
 
 def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     """Label every sample and channel of a binary mask alone; see ``labels.connected_components``."""
-    if mask.dtype not in _DTYPES:
-        return labels.connected_components(mask, connectivity)
-    return _find(mask, mask.shape[1], False, False, connectivity, None, False)
+    return label_target(mask, mask.shape[1], False, False, connectivity, None)
 
 
 def label_target(
@@ -42,18 +40,6 @@ def label_target(
     """Find the instances of a target; see ``labels.label_target``. If ``narrow``, ids are int16 where that will do."""
     if target.dtype not in _DTYPES:
         return labels.label_target(target, channels, class_map, softmax, connectivity, ignore)
-    return _find(target, channels, class_map, softmax, connectivity, ignore, narrow)
-
-
-def _find(
-    target: Tensor,
-    channels: int,
-    class_map: bool,
-    softmax: bool,
-    connectivity: int,
-    ignore: int | None,
-    narrow: bool,
-) -> tuple[Tensor, Tensor]:
     batch, own, *spatial = target.shape
     expected = 1 if class_map else channels
     if own != expected:
