@@ -7,7 +7,6 @@
 // done along rows is in label_rows.cpp.
 
 #include <stdint.h>
-#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -18,6 +17,7 @@
 
 #include "blobloss.h"
 #include "label_rows.h"
+#include "segment_stats.h"
 #include "threads.h"
 
 namespace blobloss {
@@ -32,18 +32,6 @@ constexpr int64_t kBytes[] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};  // of the types, i
 template <typename T>
 std::unique_ptr<T[]> allocate(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
-
-const RowPasses& passes() {
-  const char* const isa = blobloss_isa();
-#if defined(BLOBLOSS_HAS_AVX512)
-  if (!strcmp(isa, "avx512")) return avx512::row_passes;
-#endif
-#if defined(BLOBLOSS_HAS_AVX2)
-  if (!strcmp(isa, "avx2")) return avx2::row_passes;
-#endif
-  (void)isa;
-  return baseline::row_passes;
 }
 
 int32_t load(const int32_t* parents, int64_t run) { return __atomic_load_n(parents + run, __ATOMIC_RELAXED); }
@@ -198,7 +186,7 @@ void Labelling::read(int64_t volume, int64_t slab) {
   if (!of.is_read || begin == end) return;
   const char* const first = of.target + begin * arguments_.width * kBytes[arguments_.target.type];
   int64_t& num_runs = first_run_[static_cast<size_t>(volume * (slabs_ + 1) + slab)];
-  if (!passes().read(rows_of(volume), first, arguments_.target.type, of.wanted, begin, end, &num_runs))
+  if (!kernels().rows->read(rows_of(volume), first, arguments_.target.type, of.wanted, begin, end, &num_runs))
     status_ |= arguments_.is_class_map ? BL_NOT_A_CLASS : BL_NOT_BINARY;
 }
 
@@ -206,8 +194,8 @@ void Labelling::unite_slab(int64_t volume, int64_t slab) const {
   const int64_t first = first_run_of(volume, slab), last = first_run_of(volume, slab + 1);
   const int64_t begin = begin_of(slab), end = begin_of(slab + 1);
   if (first == last) return;
-  passes().number_runs(rows_of(volume), begin, end, first, last);
-  passes().unite(rows_of(volume), arguments_.differing_axes, begin, end, begin, end);
+  kernels().rows->number_runs(rows_of(volume), begin, end, first, last);
+  kernels().rows->unite(rows_of(volume), arguments_.differing_axes, begin, end, begin, end);
 }
 
 // A tree of seams: the two groups of slabs that a seam parts have no run in common with those of another.
@@ -221,7 +209,7 @@ void Labelling::unite_seams(const bl_threads& threads) const {
         if (!volume_of(volume).wanted.has_value) continue;
         const int64_t seam = begin_of(left + step);
         const int64_t end = std::min(seam + arguments_.height + 1, begin_of(left + 2 * step));
-        passes().unite(rows_of(volume), arguments_.differing_axes, seam, end, begin_of(left), seam);
+        kernels().rows->unite(rows_of(volume), arguments_.differing_axes, seam, end, begin_of(left), seam);
       }
     });
   }
@@ -259,7 +247,7 @@ void Labelling::write(void* ids, int32_t type) const {
     const bool has_runs = of.wanted.has_value && rows.parents;
     const int32_t* const parent = has_runs ? rows.parents + first_run_of(volume, slab) : nullptr;
     char* const first = static_cast<char*>(ids) + of.place * rows_ * arguments_.width * kBytes[type];
-    passes().write(rows, begin_of(slab), begin_of(slab + 1), parent, type, first);
+    kernels().rows->write(rows, begin_of(slab), begin_of(slab + 1), parent, type, first);
   });
 }
 

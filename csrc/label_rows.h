@@ -42,14 +42,4 @@ struct RowPasses {
   void (*write)(const LabelRows& rows, int64_t begin, int64_t end, const int32_t* parent, int32_t type, void* ids);
 };
 
-namespace baseline {
-extern const RowPasses row_passes;
-}
-namespace avx2 {
-extern const RowPasses row_passes;
-}
-namespace avx512 {
-extern const RowPasses row_passes;
-}
-
 }  // namespace blobloss

@@ -45,8 +45,6 @@ std::atomic<const Kernels*>& chosen() {
   return kernels;
 }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
-
 bl_threads threads_for(const bl_threads& threads, int64_t work, int64_t least) {
   return {work < least ? 1 : threads.count, threads.parallel_for};
 }
@@ -106,6 +104,9 @@ void* multiply(const bl_problem& problem, const void* grad_sums, const void* sca
 }
 
 }  // namespace
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
 }  // namespace blobloss
 
 using namespace blobloss;

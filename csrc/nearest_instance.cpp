@@ -7,7 +7,6 @@
 
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +16,7 @@
 
 #include "blobloss.h"
 #include "nearest_lines.h"
+#include "segment_stats.h"
 #include "threads.h"
 
 namespace blobloss {
@@ -24,18 +24,6 @@ namespace {
 
 constexpr int64_t kParallelVoxels = 8192;     // about 30 us of work
 constexpr int64_t kVoxelsTogether = 1 << 20;  // whose large keys are in memory at the same time, or those of one group
-
-const Passes& passes() {
-  const char* const isa = blobloss_isa();
-#if defined(BLOBLOSS_HAS_AVX512)
-  if (!strcmp(isa, "avx512")) return avx512::passes;
-#endif
-#if defined(BLOBLOSS_HAS_AVX2)
-  if (!strcmp(isa, "avx2")) return avx2::passes;
-#endif
-  (void)isa;
-  return baseline::passes;
-}
 
 int32_t bits_of(int64_t value) {
   int32_t bits = 0;
@@ -74,7 +62,7 @@ class Solver {
 
   int32_t solve() {
     parallel(groups_ * problem_.size[0], [&](int64_t begin, int64_t end) {
-      return passes().survey(problem_, begin, end, found_.data(), rows_.data());
+      return kernels().zones->survey(problem_, begin, end, found_.data(), rows_.data());
     });
     int64_t most = 1;
     for (int64_t group = 0; group < groups_; ++group) most = std::max(most, sum_up(group));
@@ -142,12 +130,12 @@ class Solver {
 
   int32_t go(const ZonesPlan& plan, KeyKind kind, int64_t groups) {
     const int32_t status = parallel(groups * problem_.size[0], [&](int64_t begin, int64_t end) {
-      return passes().planes[kind](plan, begin, end);
+      return kernels().zones->planes[kind](plan, begin, end);
     });
     if (status) return status;
     const int64_t tiles = (problem_.size[2] + kTile - 1) / kTile;
     return parallel(groups * problem_.size[1] * tiles,
-                    [&](int64_t begin, int64_t end) { return passes().depths[kind](plan, begin, end); });
+                    [&](int64_t begin, int64_t end) { return kernels().zones->depths[kind](plan, begin, end); });
   }
 
   const bl_zones problem_;

@@ -55,14 +55,4 @@ struct Passes {
   int32_t (*depths[kKeyKinds])(const ZonesPlan& plan, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const Passes passes;
-}
-namespace avx2 {
-extern const Passes passes;
-}
-namespace avx512 {
-extern const Passes passes;
-}
-
 }  // namespace blobloss

@@ -216,7 +216,9 @@ static void evaluate(int32_t feature, int32_t activation, double gamma, int32_t 
 #define BL_STRING_OF(name) #name
 #define BL_STRING(name) BL_STRING_OF(name)
 
-extern const Kernels kernels = {BL_STRING(BLOBLOSS_ISA), forward_any, backward_any, evaluate};
+extern const Passes passes;
+extern const RowPasses row_passes;
+extern const Kernels kernels = {BL_STRING(BLOBLOSS_ISA), forward_any, backward_any, evaluate, &passes, &row_passes};
 
 }  // namespace BLOBLOSS_ISA
 }  // namespace blobloss

@@ -19,7 +19,10 @@ struct Plan {
 
 constexpr int64_t kChunk = 8192;
 
-// The kernels work through tasks [begin, end) and return what bl_status says.
+struct Passes;     // nearest_lines.h
+struct RowPasses;  // label_rows.h
+
+// All that was compiled for one instruction set. The kernels work through tasks [begin, end) and return what bl_status says.
 struct Kernels {
   const char* name;
   // Task g * slabs + s adds slab s of group g into tables[task], [channels, num_cells, row], which is zero before.
@@ -29,7 +32,12 @@ struct Kernels {
                       void* grad);
   void (*evaluate)(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,
                    void* value, void* slope);
+  const Passes* zones;
+  const RowPasses* rows;
 };
+
+// Those in use.
+const Kernels& kernels();
 
 namespace baseline {
 extern const Kernels kernels;
