@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.timing import Step, interleaved
+from bench.timing import ONE_RUN, Step, interleaved
 
 Function = Callable[[], Any]
 
@@ -59,7 +59,7 @@ class Clock:
     def seconds(self, steps: Mapping[str, Function], rounds: int) -> dict[str, list[float]]:
         """Every timed run of every step. They take turns, after warm runs, and find no cache filled by another run."""
         counts = {key: self._rounds(step, rounds) for key, step in steps.items()}
-        return interleaved({key: Step(step, warm=1e-9) for key, step in steps.items()}, counts)
+        return interleaved({key: Step(step, warm=ONE_RUN) for key, step in steps.items()}, counts)
 
     def medians(self, steps: Mapping[str, Function], rounds: int) -> dict[str, float]:
         return {key: statistics.median(times) for key, times in self.seconds(steps, rounds).items()}

@@ -36,6 +36,7 @@ MALLOC = {
 }
 
 WARM = 0.005  # seconds
+ONE_RUN = 1e-9  # in which no second one begins
 
 Report = Callable[[int, str], None]  # how many steps were done, and at what the work is
 
@@ -51,9 +52,8 @@ class Step:
         run: one forward and one backward pass.
         backend: what it must run in; entered and left outside the measured time.
         warm: seconds of untimed runs, at least one, before each timed one, so that its caches and its memory are its
-            own and not what the contestant before it left. For a short step one is not enough: the components of 60
-            balls at 128^3 took 0.61 ms on two threads after another contestant, then 0.36, and 0.28 from the seventh
-            run on. What takes seconds needs none.
+            own and not what the contestant before it left. For a step shorter than a millisecond one run is not enough:
+            it gets faster for several. What takes seconds needs none.
     """
 
     run: Callable[[], Any]

@@ -206,14 +206,14 @@ def test_reference_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_take_turns() -> None:
     order: list[str] = []
-    warm = {"loop": 0.0, "ours": 1e-9, "dice": 1e-9}
+    warm = {"loop": 0.0, "ours": timing.ONE_RUN, "dice": timing.ONE_RUN}
     steps = {key: timing.Step(partial(order.append, key), warm=seconds) for key, seconds in warm.items()}
     times = timing.interleaved(steps, {"loop": 1, "ours": 2, "dice": 2})
     assert order == ["loop", *["ours"] * 2, *["dice"] * 2, *["ours"] * 2, *["dice"] * 2]
     assert {key: len(t) for key, t in times.items()} == {"loop": 1, "ours": 2, "dice": 2}
 
 
-@pytest.mark.parametrize(("warm", "untimed"), [(0, 0), (1e-9, 1), (2, 1), (10, 5), (11, 6)])
+@pytest.mark.parametrize(("warm", "untimed"), [(0, 0), (timing.ONE_RUN, 1), (2, 1), (10, 5), (11, 6)])
 def test_runs_are_untimed_until_a_step_is_warm(warm: float, untimed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which every run takes two seconds."""
     runs: list[None] = []
