@@ -65,7 +65,6 @@ def one_of(part: str, volume: str, title: str) -> str:
 
 def row(name: str, unit: str, value: float, note: str) -> Row:
     """One without a bar."""
-    value = value if isinstance(value, int) else float(f"{value:.5g}")
     return {"name": name, "value": value, "unit": unit, "bar": None, "holds": None, "note": note}
 
 

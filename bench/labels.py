@@ -180,7 +180,7 @@ def _row(part: str, name: str, times: Mapping[str, Sequence[float]]) -> dict[str
     for (of, slower, where, threads), bar in BARS.items():
         if of == part and where in name and threads == row["threads"] and slower in medians:
             ratio = medians[slower] / ours
-            row |= {"bar": bar, "against": slower, "ratio": float(f"{ratio:.4g}"), "met": is_met(ratio, bar, True)}
+            row |= {"bar": bar, "against": slower, "ratio": ratio, "met": is_met(ratio, bar, True)}
     return row
 
 

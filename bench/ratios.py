@@ -147,7 +147,7 @@ def measure_promises(
         medians = [milliseconds(times[side]) for side in sides]
         ratio = medians[0] / medians[1]
         met = is_met(ratio, promise.bar, promise.at_least)
-        entry.update(median_ms=medians, ratio=float(f"{ratio:.5g}"), met=met)
+        entry.update(median_ms=medians, ratio=ratio, met=met)
     return results, copy_bandwidth()
 
 

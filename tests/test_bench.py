@@ -303,6 +303,14 @@ def test_table_command(tiny_run: Path) -> None:
     assert f"| 1 thread, default malloc | {report.number(other)} (" in shown
 
 
+def test_a_hair_above_the_bar_is_above_it_in_the_file_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    promise = ratios.Promise(ratios.Side("ours", "few"), ratios.Side("ours", "one"), 1.2)
+    seconds = {promise.top: [1.20001], promise.bottom: [1.0]}
+    monkeypatch.setattr(ratios, "interleaved", lambda *_, **__: seconds)
+    [entry], _ = ratios.measure_promises([promise], ratios.Scale(16, 12, 4), 1, lambda steps, what: None)
+    assert 1.2 < entry["ratio"] < 1.2001 and entry["met"] is False
+
+
 def test_ratios_of_the_table(tiny_run: Path) -> None:
     results = json.loads((tiny_run / "results" / "cpu.json").read_text(encoding="utf-8"))
     raised, default = results["ratios"]["settings"]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu, gpu_contestants, gpu_labels, gpu_sanitize, gpu_timing, gpu_tools
+from bench import gpu, gpu_contestants, gpu_labels, gpu_rows, gpu_sanitize, gpu_timing, gpu_tools
 from bench.gpu_timing import Clock, CudaClock, UnmeasuredError
 from bench.workloads import balls, logits_for, synthetic
 
@@ -51,6 +51,11 @@ def test_bars_are_those_that_are_promised() -> None:
 
 
 # ------------------------------------------------------------------------------------------- contestants and truths
+
+
+def test_a_hair_below_the_bar_is_below_it_in_the_file_as_well() -> None:
+    found = gpu_rows.Bar("a", "ratio", ">=", 1.2).row(1.199999, "")
+    assert found["value"] == 1.199999 and found["holds"] is False
 
 
 def test_volumes_of_the_bars() -> None:

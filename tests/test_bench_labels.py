@@ -46,6 +46,12 @@ def test_table_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.strip() == labels.as_markdown(results)
 
 
+def test_a_hair_below_the_bar_is_below_it_in_the_file_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    row = labels._row("losses", "24^3, 50 balls", {"mask": [2.111e-4], "monai_dice": [2.533e-4]})
+    assert row["bar"] == 1.2 and 1.1999 < row["ratio"] < 1.2 and row["met"] is False
+
+
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the README is not beside the installed tests")
 def test_numbers_of_the_readme_are_those_of_the_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
