@@ -17,6 +17,7 @@ class _InstanceLoss(nn.Module):
     """Options as attributes, which may be set between calls."""
 
     _names: ClassVar[tuple[str, ...]] = Options._fields
+    _in_zones: ClassVar[bool] = False
     criterion: Criterion
     main_criterion: Criterion | None
     main_weight: float
@@ -45,26 +46,23 @@ class _InstanceLoss(nn.Module):
         if name in self._names:
             self.__dict__["_checked"] = None
 
-    def _defaults(self) -> Options:
-        return Options()
-
     def _options(self) -> Options:
         """Return the checked options; they are checked once, and again after one of them was set."""
         options = self._checked
         if options is None:
             named = {name: getattr(self, name) for name in self._names}
-            options = self._defaults()._replace(**named).checked()
+            options = Options(**named, in_zones=self._in_zones).checked()
             if not torch.compiler.is_compiling():  # a traced call is not to change the module
                 self.__dict__["_checked"] = options
         return options
 
     def extra_repr(self) -> str:
         """Show the options that differ from the defaults."""
-        options, defaults = self._options(), self._defaults()
+        options, defaults = self._options(), Options._field_defaults
         changed = [
             f"{name}={getattr(options, name)!r}"
             for name in self._names
-            if name != "criterion" and getattr(options, name) != getattr(defaults, name)
+            if name != "criterion" and getattr(options, name) != defaults[name]
         ]
         return ", ".join([repr(self.criterion), *changed])
 
@@ -109,8 +107,9 @@ class BlobLoss(_InstanceLoss):
         max_instances: the largest id allowed, which fixes the shape of the table. None reads it from the ids.
         instance_weight: "uniform"; "inverse_size", 1 / (number of voxels); or a function from the numbers of voxels
             (``[B, C, N]`` in the dtype of the loss, 0 where there is no instance) to weights of the same shape, at
-            least 0. The mean over the instances of a (sample, class) becomes a weighted mean. An instance of weight 0
-            has no term of its own: ``lambda sizes: sizes >= 5`` leaves out what has less than five voxels.
+            least 0: others raise, or make the loss NaN where nothing is read (on a GPU, in a compiled call). The mean
+            over the instances of a (sample, class) becomes a weighted mean. An instance of weight 0 has no term of its
+            own: ``lambda sizes: sizes >= 5`` leaves out what has less than five voxels.
         empty_sample: c > 0, in voxels: a (sample, class) without instances has the term :math:`s / (s + c)` in the blob
             term's mean, s the sum of its p, so that false positives cost something there as well. None: it is skipped.
 
@@ -275,6 +274,7 @@ class CCLoss(_InstanceLoss):
     """
 
     _names = CC_OPTIONS
+    _in_zones = True
 
     def __init__(
         self,
@@ -300,9 +300,6 @@ class CCLoss(_InstanceLoss):
             bidirectional,
         )  # fmt: skip
         super().__init__(options)
-
-    def _defaults(self) -> Options:
-        return Options(in_zones=True)
 
     def forward(
         self,
