@@ -1,54 +1,64 @@
-"""Compile the Triton kernels for real chips on a machine that has none, and read what came out.
+"""Compile the Triton kernels of the volume and of the table for real chips, and read what came out.
 
-``python tests/triton_offline.py`` prints a table; ``--json`` prints the rows for the test. Runs in a process of its
-own, without TRITON_INTERPRET: kernels that were imported for the interpreter cannot be compiled.
+``python -m tests.triton_offline`` prints a table; ``--json`` prints the rows for the test.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from blobloss_fast.kernels import triton_finish as finish
 from blobloss_fast.kernels import triton_segment_stats as module
 from blobloss_fast.kernels.layout import FEATURES
 
-ARCHITECTURES = (80, 90, 100)
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-ALIGNED = 16  # what a pointer or a stride must be divisible by to count as aligned
+from .offline_compiler import compiled, main, row
 
-# name: logits dtype, features, activation, gamma, target dtype (None: no target)
-SPECIALISATIONS = {
-    "sigmoid dice fp32": ("fp32", ("prob",), "sigmoid", 0.0, None),
-    "sigmoid dice+bce fp32 target": ("fp32", ("prob", "nll_pos", "nll_neg"), "sigmoid", 0.0, "u8"),
-    "sigmoid dice+bce bf16": ("bf16", ("prob", "nll_pos", "nll_neg"), "sigmoid", 0.0, None),
-    "softmax dice+bce fp32": ("fp32", ("prob", "nll_pos", "nll_neg"), "softmax", 0.0, None),
-    "softmax all features fp32 target": ("fp32", FEATURES, "softmax", 2.0, "u8"),
-    "sigmoid all features fp32 target": ("fp32", FEATURES, "sigmoid", 2.0, "u8"),
-    "none all features fp32": ("fp32", FEATURES, "none", 2.0, None),
-    "sigmoid all features fp64 target": ("fp64", FEATURES, "sigmoid", 2.0, "u8"),
-    "sigmoid focal fp32": ("fp32", ("focal_pos", "focal_neg"), "sigmoid", 2.0, None),
-    "sigmoid dice fp32, 2^31 voxels": ("fp32", ("prob",), "sigmoid", 0.0, None),
+
+class Case(NamedTuple):
+    """What the kernels of the volume are compiled for."""
+
+    dtype: str  # of the logits
+    features: tuple[str, ...]
+    activation: str = "sigmoid"
+    gamma: float = 0.0
+    target: str | None = None  # its dtype
+    meaning: str = "binary"  # of a target
+    cells: str = "i32"
+    channel0: str = "class"
+    # A row's number of voxels is divisible by 16, unless "odd": by nothing, of one row, or "odd rows": of several.
+    # "2^31": offsets need 64 bits.
+    volume: str = "even"
+
+
+DICE, DICE_BCE = ("prob",), ("prob", "nll_pos", "nll_neg")
+CASES = {
+    "sigmoid dice fp32": Case("fp32", DICE),
+    "sigmoid dice+bce fp32 target": Case("fp32", DICE_BCE, target="u8"),
+    "sigmoid dice+bce bf16": Case("bf16", DICE_BCE),
+    "softmax dice+bce fp32": Case("fp32", DICE_BCE, "softmax"),
+    "softmax all features fp32 target": Case("fp32", FEATURES, "softmax", 2.0, "u8"),
+    "sigmoid all features fp32 target": Case("fp32", FEATURES, gamma=2.0, target="u8"),
+    "none all features fp32": Case("fp32", FEATURES, "none", 2.0),
+    "sigmoid all features fp64 target": Case("fp64", FEATURES, gamma=2.0, target="u8"),
+    "sigmoid focal fp32": Case("fp32", ("focal_pos", "focal_neg"), gamma=2.0),
+    "sigmoid dice fp32, 2^31 voxels": Case("fp32", DICE, volume="2^31"),
 }
-
-
-def tool(name: str) -> str:
-    """A CUDA binary tool out of Triton's own wheel."""
-    for path in Path(triton.__file__).parent.rglob(name):
-        if path.is_file():
-            return str(path)
-    raise FileNotFoundError(f"{name} is not in Triton's wheel")
+# Compiled for one chip: what the first ones leave out.
+MORE = {
+    "sigmoid dice fp32, odd": Case("fp32", DICE, volume="odd"),
+    "sigmoid dice fp32, odd rows": Case("fp32", DICE, volume="odd rows"),
+    "sigmoid dice fp16, bytes": Case("fp16", DICE, cells="i8"),
+    "softmax dice+bce fp16, channel 0 unused": Case("fp16", DICE_BCE, "softmax", channel0="unused"),
+    "softmax dice+bce fp32 class map, channel 0 background": Case(
+        "fp32", DICE_BCE, "softmax", target="i64", meaning="class_map", cells="i64", channel0="background"
+    ),
+    "sigmoid dice+bce fp32 float target": Case("fp32", DICE_BCE, target="fp32", cells="i16"),
+    "sigmoid dice+bce fp64 double target": Case("fp64", DICE_BCE, target="fp64", cells="u8"),
+}
+ONE_CHIP = 90
 
 
 # name: compute dtype, number of features, has a target, has weights, masking, reduction, from the table
@@ -61,17 +71,21 @@ FINISHES = {
     "all features fp32 target terms, backward": ("fp32", 6, True, True, "none", "terms", False),
     "all features fp64 target instances, backward": ("fp64", 6, True, False, "apart", "instances", False),
 }
+MORE_FINISHES = {
+    "dice fp32 none": ("fp32", 1, False, False, "apart", "none", True),
+    "dice+bce fp32 target sum": ("fp32", 3, True, False, "apart", "sum", True),
+    "dice+bce fp64 zones weights instances": ("fp64", 3, True, True, "zones", "instances", True),
+}
 
 
-def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool, backend: str = "cuda"):
-    """Compile as a launch on contiguous tensors would; ``aligned``: the number of voxels is divisible by 16."""
-    dtype, features, activation, gamma, target = SPECIALISATIONS[specialisation]
-    compute = "fp64" if dtype == "fp64" else "fp32"
+def compile_kernel(kernel, case: Case, chip: int | str):
+    """Compile as a launch on contiguous tensors would."""
+    compute = "fp64" if case.dtype == "fp64" else "fp32"
     types = {
-        "logits_ptr": f"*{dtype}",
-        "cells_ptr": "*i32",
-        "target_ptr": f"*{target or 'i32'}",
-        "grad_ptr": f"*{dtype}",
+        "logits_ptr": f"*{case.dtype}",
+        "cells_ptr": f"*{case.cells}",
+        "target_ptr": f"*{case.target or case.cells}",
+        "grad_ptr": f"*{case.dtype}",
         "table_ptr": "*i64",
         "real_ptr": "*fp64",
         "invalid_ptr": "*i32",
@@ -81,26 +95,37 @@ def compile_kernel(kernel, specialisation: str, architecture: int, aligned: bool
         "largest": "fp32",
     }
     constants = {
-        "CODES": module.feature_codes(features),
-        "NUM_FEATURES": len(features),
-        "ACTIVATION": activation,
-        "GAMMA": gamma,
-        "TARGET": "binary" if target else "none",
-        "CHANNEL0": "class",
+        "CODES": module.feature_codes(case.features),
+        "NUM_FEATURES": len(case.features),
+        "ACTIVATION": case.activation,
+        "GAMMA": case.gamma,
+        "TARGET": case.meaning if case.target else "none",
+        "CHANNEL0": case.channel0,
         "HAS_UPSTREAM": True,
         "BLOCK": module.BLOCK,
         "PART": 32 * module.NUM_WARPS,
     }
-    sizes = {name for name in kernel.arg_names if name == "num_voxels" or "_stride_" in name}
-    if "2^31" in specialisation:
-        types |= dict.fromkeys(sizes, "i64")
-    divisible = sizes if aligned else set()
-    registers = module.MAX_REGISTERS[torch.float64 if dtype == "fp64" else torch.float32]
-    return compiled(kernel, types, constants, divisible, module.NUM_WARPS, registers, architecture, backend)
+    strides = {name for name in kernel.arg_names if "_stride" in name}
+    divisible = {"even": {"num_voxels", *strides}, "odd": strides, "odd rows": set()}
+    divisible["2^31"] = divisible["even"]
+    if case.volume == "2^31":
+        types |= dict.fromkeys(divisible["even"], "i64")
+    registers = module.MAX_REGISTERS[torch.float64 if case.dtype == "fp64" else torch.float32]
+    return compiled(kernel, types, constants, divisible[case.volume], module.NUM_WARPS, registers, chip)
 
 
-def compile_finish(specialisation: str, architecture: int, backend: str = "cuda"):
-    dtype, num_features, has_target, has_weights, masking, reduction, from_table = FINISHES[specialisation]
+def compile_reading(dtype: str, num_features: int, chip: int | str):
+    """The kernel that makes counts and sums of a table."""
+    stats = module.padded_stats(num_features)
+    types = {"table_ptr": "*i64", "real_ptr": "*fp64", "counts_ptr": "*i64", "sums_ptr": f"*{dtype}"}
+    constants = {"NUM_FEATURES": num_features, "STATS": stats, "LANES": module.READ_ELEMENTS // stats}
+    return compiled(module.read_table_kernel, types, constants, set(), 4, None, chip)
+
+
+def compile_finish(specialisation: str, chip: int | str):
+    dtype, num_features, has_target, has_weights, masking, reduction, from_table = {**FINISHES, **MORE_FINISHES}[
+        specialisation
+    ]
     slots = finish.Slots.of(2, 50, num_features)
     other = f"*{dtype}"
     types = {
@@ -126,114 +151,32 @@ def compile_finish(specialisation: str, architecture: int, backend: str = "cuda"
         "FROM_TABLE": from_table,
     }
     kernel, warps, registers = finish.finish_kernel, finish.NUM_WARPS, finish.MAX_REGISTERS
-    return compiled(kernel, types, constants, set(), warps, registers, architecture, backend)
+    return compiled(kernel, types, constants, set(), warps, registers, chip)
 
 
-def compiled(kernel, types, constants, divisible, warps: int, registers: int, architecture, backend: str):
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = types.get(name, "i32")
-        if name.endswith("_ptr") or name in divisible:
-            attributes[(position,)] = [["tt.divisibility", ALIGNED]]
-    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    if backend == "cuda":
-        options["maxnreg"] = registers
-    target = GPUTarget(backend, architecture, 32 if backend == "cuda" else 64)
-    return triton.compile(ASTSource(kernel, signature, used, attributes), target=target, options=options)
-
-
-def inspect(binary) -> dict[str, int]:
-    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
-        read = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    opcodes = Counter(INSTRUCTION.findall(read))
-    count = lambda pattern: sum(n for code, n in opcodes.items() if re.fullmatch(pattern, code))  # noqa: E731
-    if not opcodes["EXIT"]:
-        raise RuntimeError(f"cannot read the disassembly:\n{read[:2000]}")
-    return {
-        "registers": int(re.search(r"REG:(\d+)", read)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", read)[1]),
-        "local": int(re.search(r"LOCAL:(\d+)", read)[1]),
-        "spills": count(r"(STL|LDL)(\..*)?"),
-        "shared": binary.metadata.shared,
-        "ldg128": count(r"LDG\..*\b128\b.*"),
-        "ldg": count(r"LDG(\..*)?"),
-        "strong": count(r"LDG\..*STRONG.*"),
-        "stg128": count(r"STG\..*\b128\b.*"),
-        "stg": count(r"STG(\..*)?"),
-        "atomics": count(r"(ATOMG?|REDG?)(\..*)?"),
-        "ex2": len(re.findall(r"\bex2\.approx", binary.asm["ptx"])),
-        "floor": len(re.findall(r"\bcvt\.rmi\.(?:ftz\.)?f32\.f32", binary.asm["ptx"])),
-        "instructions": sum(opcodes.values()),
-        "cvt_rn": len(re.findall(r"cvt\.rn\.(?:bf16|f16)", binary.asm["ptx"])),
-    }
-
-
-def rows(architectures: tuple[int, ...], aligned: bool = True) -> list[dict]:
-    table = []
-    for kernel in (module.segment_stats_fwd_kernel, module.segment_stats_bwd_kernel):
-        for specialisation in SPECIALISATIONS:
-            for architecture in architectures:
-                found = inspect(compile_kernel(kernel, specialisation, architecture, aligned))
-                pass_name = kernel.fn.__name__.split("_")[2]
-                table.append({"pass": pass_name, "case": specialisation, "sm": architecture, **found})
-    for specialisation in FINISHES:
-        for architecture in architectures:
-            found = inspect(compile_finish(specialisation, architecture))
-            table.append({"pass": "finish", "case": specialisation, "sm": architecture, **found})
-    return table
-
-
-# Without a ROCm device or its tools: what Triton's own assembler and linker make of the kernels, from 3.7 on.
-HIP_ARCHITECTURE = "gfx942"
+VOLUME = {"fwd": module.segment_stats_fwd_kernel, "bwd": module.segment_stats_bwd_kernel}
 ON_HIP = ("sigmoid dice fp32", "softmax dice+bce fp32", "sigmoid all features fp64 target")
 
 
-def rows_of_hip() -> list[dict]:
-    def row(pass_name: str, case: str, binary) -> dict:
-        read = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", binary.asm["amdgcn"])[1])  # noqa: E731
-        return {
-            "pass": pass_name,
-            "case": case,
-            "gfx": HIP_ARCHITECTURE,
-            "bytes": len(binary.asm["hsaco"]),
-            "registers": read("vgpr_count"),
-            "spills": read("vgpr_spill_count"),
-        }
-
-    kernels = {"fwd": module.segment_stats_fwd_kernel, "bwd": module.segment_stats_bwd_kernel}
-    table = [
-        row(name, case, compile_kernel(kernel, case, HIP_ARCHITECTURE, True, "hip"))
-        for name, kernel in kernels.items()
-        for case in ON_HIP
+def rows(chips: tuple[int | str, ...]) -> list[dict]:
+    on_hip = isinstance(chips[0], str)
+    one = chips if on_hip else (ONE_CHIP,)
+    cases = {name: CASES[name] for name in ON_HIP} if on_hip else CASES
+    jobs = [
+        (name, case, partial(compile_kernel, kernel, meaning), some)
+        for name, kernel in VOLUME.items()
+        for several, some in ((cases, chips), ({} if on_hip else MORE, one))
+        for case, meaning in several.items()
     ]
-    return table + [row("finish", case, compile_finish(case, HIP_ARCHITECTURE, "hip")) for case in list(FINISHES)[:3]]
-
-
-def show(table: list[dict]) -> str:
-    columns = list(table[0])
-    cells = [columns, *([str(row[column]) for column in columns] for row in table)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--sm", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
-    parser.add_argument("--hip", action="store_true", help=f"{HIP_ARCHITECTURE} instead")
-    parser.add_argument("--unaligned", action="store_true", help="a number of voxels that is not divisible by 16")
-    arguments = parser.parse_args()
-    table = rows_of_hip() if arguments.hip else rows(tuple(arguments.sm), aligned=not arguments.unaligned)
-    print(json.dumps({"triton": triton.__version__, "rows": table}) if arguments.json else show(table))
+    jobs += [("finish", case, partial(compile_finish, case), chips) for case in FINISHES]
+    jobs += [("finish", case, partial(compile_finish, case), one) for case in MORE_FINISHES]
+    jobs += [("read", dtype, partial(compile_reading, dtype, 6), chips) for dtype in ("fp32", "fp64")]
+    return [
+        row(chip, compile_for(chip), **{"pass": name, "case": case})
+        for name, case, compile_for, some in jobs
+        for chip in some
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(rows, __doc__)

@@ -1,23 +1,15 @@
 """Compile the Triton kernels of the labels for real chips on a machine that has none, and read what came out.
 
-``python -m tests.triton_offline_labels`` prints a table; ``--json`` prints the rows for the test. In a process of its
-own, without TRITON_INTERPRET, as triton_offline.py.
+``python -m tests.triton_offline_labels`` prints a table; ``--json`` prints the rows for the test.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from blobloss_fast.kernels import triton_components as module
 
-from .triton_offline import ALIGNED, ARCHITECTURES, inspect, show
+from .offline_compiler import compiled, main, row
 
 SIZES = {"TILE": module.TILE, "BLOCK": module.BLOCK, "CHUNK": module.CHUNK}
 # What a mask is: its dtype, and whether it is a class map, one-hot channels, with an ignored value.
@@ -52,46 +44,29 @@ VOLUMES = {
 }
 
 
-def compile_case(name: str, volume: str, architecture: int):
-    """Compile as a launch on contiguous tensors would."""
+def compile_case(name: str, volume: str, chip: int | str):
     kernel, warps, mask, meaning = CASES[name]
     constants = {**meaning, **SIZES, **({"num_voxels": 1, "stride_row": 1} if volume == "one" else {})}
     integer = "i64" if volume == "wide" else "i32"
-    types = dict.fromkeys(("num_voxels", "plane", "stride_b", "stride_c", "stride_row"), integer)
+    types = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= dict.fromkeys(("num_voxels", "plane", "stride_b", "stride_c", "stride_row"), integer)
     types |= {"mask_ptr": f"*{mask}", "labels_ptr": f"*{integer}", "counts_ptr": "*i64"}
-    signature, attributes, used = {}, {}, {}
-    for position, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            used[argument] = constants[argument]
-            continue
-        signature[argument] = types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
-        divisible = argument.endswith("_ptr") or argument.startswith("stride_")
-        if divisible or (argument == "num_voxels" and volume != "odd"):
-            attributes[(position,)] = [["tt.divisibility", ALIGNED]]
-    source = ASTSource(kernel, signature, used, attributes)
+    divisible = {name for name in kernel.arg_names if name.startswith("stride_")}
+    if volume != "odd":
+        divisible.add("num_voxels")
     registers = module.MAX_REGISTERS[torch.int64 if volume == "wide" else torch.int32]
-    options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return compiled(kernel, types, constants, divisible, warps, registers, chip)
 
 
-def rows(architectures: tuple[int, ...]) -> list[dict]:
+def rows(chips: tuple[int | str, ...]) -> list[dict]:
+    volumes = VOLUMES if isinstance(chips[0], int) else {name: VOLUMES[name] for name in ("even", "wide")}
     return [
-        {"case": name, "voxels": volume, "sm": architecture, **inspect(compile_case(name, volume, architecture))}
-        for volume, names in VOLUMES.items()
+        row(chip, compile_case(name, volume, chip), case=name, voxels=volume)
+        for volume, names in volumes.items()
         for name in names
-        for architecture in architectures
+        for chip in chips
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--sm", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
-    arguments = parser.parse_args()
-    table = rows(tuple(arguments.sm))
-    print(json.dumps({"triton": triton.__version__, "rows": table}) if arguments.json else show(table))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(rows, __doc__)

@@ -1,20 +1,13 @@
-"""Compile the kernels of nearest_instance for real chips on a machine that has none; as triton_offline.py does.
+"""Compile the kernels of nearest_instance for real chips on a machine that has none, and read what came out.
 
 ``python -m tests.triton_offline_zones`` prints a table; ``--json`` prints the rows for the test.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from blobloss_fast.kernels import triton_zones as module
-from tests.triton_offline import ALIGNED, ARCHITECTURES, inspect, show
+
+from .offline_compiler import compiled, main, row
 
 # name: dtype of the ids, voxels of a row at a time, then LONG, ONLY, LARGE
 ROWS = {
@@ -39,33 +32,16 @@ LINES = {
 }
 
 
-def compile_kernel(
-    kernel, architecture: int, constants: dict, types: dict[str, str], aligned: set[str], registers: int
-):
-    """Compile as a launch on contiguous tensors would."""
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = types.get(name, "i32")
-        if name.endswith("_ptr") or name in aligned:
-            attributes[(position,)] = [["tt.divisibility", ALIGNED]]
-    options = {"num_warps": 1, "enable_fp_fusion": False, "maxnreg": registers}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def compile_row(name: str, architecture: int):
+def compile_row(name: str, chip: int | str):
     ids, block, long, only, large = ROWS[name]
     constants = {"ROWS": module.ROW_VOXELS // block, "BLOCK": block, "LONG": long, "ONLY": only, "LARGE": large}
     types = {"instances_ptr": f"*{ids}", "out_ptr": "*i32", "invalid_ptr": "*i32"}
     aligned = {"length", "stride_b", "stride_c"}
     registers = module.ROW_REGISTERS[long]
-    return compile_kernel(module.nearest_in_row_kernel, architecture, constants, types, aligned, registers)
+    return compiled(module.nearest_in_row_kernel, types, constants, aligned, 1, registers, chip)
 
 
-def compile_line(name: str, architecture: int):
+def compile_line(name: str, chip: int | str):
     ids, positions, out, plane, last, wide, large = LINES[name]
     constants = {"TILE": module.TILE, "LINES": module.LINES, "PLANE": plane, "LAST": last, "WIDE": wide, "LARGE": large}
     constants["SHIFT"] = 32 if "i64" in (positions, out) else 16
@@ -76,27 +52,17 @@ def compile_line(name: str, architecture: int):
         types["num_lines"] = "i64"
     aligned = {"stride_b", "stride_c"}
     registers = module.LINE_REGISTERS[wide]
-    return compile_kernel(module.nearest_on_line_kernel, architecture, constants, types, aligned, registers)
+    return compiled(module.nearest_on_line_kernel, types, constants, aligned, 1, registers, chip)
 
 
-def rows(architectures: tuple[int, ...]) -> list[dict]:
-    table = []
-    for kernel, names, compiled in (("row", ROWS, compile_row), ("line", LINES, compile_line)):
-        for name in names:
-            for architecture in architectures:
-                found = inspect(compiled(name, architecture))
-                table.append({"kernel": kernel, "case": name, "sm": architecture, **found})
-    return table
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--sm", type=int, nargs="*", default=list(ARCHITECTURES), help="compute capabilities")
-    arguments = parser.parse_args()
-    table = rows(tuple(arguments.sm))
-    print(json.dumps({"triton": triton.__version__, "rows": table}) if arguments.json else show(table))
+def rows(chips: tuple[int | str, ...]) -> list[dict]:
+    return [
+        row(chip, compile_for(name, chip), kernel=kernel, case=name)
+        for kernel, names, compile_for in (("row", ROWS, compile_row), ("line", LINES, compile_line))
+        for name in names
+        for chip in chips
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(rows, __doc__)

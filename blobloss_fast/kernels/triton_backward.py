@@ -59,7 +59,7 @@ def _store(ptr, lanes, remaining, values, TAIL: tl.constexpr):
 @triton.jit
 def _backward_block(
     logits_ptr, cells_ptr, target_ptr, upstream_ptr, row_ptr, grad_ptr, remaining, channel, num_channels, num_cells,
-    num_voxels, logits_stride_c, cells_stride_c, target_stride_c, upstream_stride_c, CODES: tl.constexpr,
+    logits_stride_c, cells_stride_c, target_stride_c, upstream_stride_c, grad_stride, CODES: tl.constexpr,
     NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr,
     CHANNEL0: tl.constexpr, HAS_UPSTREAM: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
@@ -114,7 +114,7 @@ def _backward_block(
             target_ptr += target_stride_c
             upstream_ptr += upstream_stride_c
             row_ptr += num_cells.to(tl.int64) * NUM_FEATURES
-            grad_ptr += num_voxels
+            grad_ptr += grad_stride
     else:
         z = load_real(logits_ptr, lanes, remaining, TAIL)
         cell = load_cells(
@@ -130,10 +130,14 @@ def _backward_block(
 def segment_stats_bwd_kernel(
     logits_ptr, cells_ptr, target_ptr, upstream_ptr, grad_sums_ptr, grad_ptr, num_voxels, num_channels, num_cells,
     num_blocks, logits_stride_b, logits_stride_c, cells_stride_b, cells_stride_c, target_stride_b, target_stride_c,
-    upstream_stride_b, upstream_stride_c, CODES: tl.constexpr, NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GAMMA: tl.constexpr, TARGET: tl.constexpr, CHANNEL0: tl.constexpr, HAS_UPSTREAM: tl.constexpr, BLOCK: tl.constexpr
+    upstream_stride_b, upstream_stride_c, grad_stride, CODES: tl.constexpr, NUM_FEATURES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr, CHANNEL0: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """grad_sums: [B, C, cells, F] in the compute dtype; grad: [B, C, voxels], contiguous, written everywhere."""
+    """grad_sums: [B, C, cells, F] in the compute dtype; grad: [B, C, voxels], contiguous, written everywhere.
+
+    grad_stride: from one row of voxels of the gradient to the next.
+    """
     part, sample, channel = place(num_blocks, num_channels, ACTIVATION)
     channel64 = channel.to(tl.int64)
     start = part * BLOCK
@@ -143,16 +147,16 @@ def segment_stats_bwd_kernel(
     upstream_ptr += sample * upstream_stride_b + channel64 * upstream_stride_c
     row64 = sample * num_channels + channel64
     row_ptr = grad_sums_ptr + row64 * num_cells * NUM_FEATURES
-    grad_ptr += row64 * num_voxels + start
+    grad_ptr += row64 * grad_stride + start
     if start + BLOCK <= num_voxels:
         _backward_block(
             logits_ptr, cells_ptr, target_ptr, upstream_ptr, row_ptr, grad_ptr, BLOCK, channel, num_channels,
-            num_cells, num_voxels, logits_stride_c, cells_stride_c, target_stride_c, upstream_stride_c, CODES,
+            num_cells, logits_stride_c, cells_stride_c, target_stride_c, upstream_stride_c, grad_stride, CODES,
             NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, HAS_UPSTREAM, BLOCK, False
         )
     else:
         _backward_block(
             logits_ptr, cells_ptr, target_ptr, upstream_ptr, row_ptr, grad_ptr, (num_voxels - start).to(tl.int32),
-            channel, num_channels, num_cells, num_voxels, logits_stride_c, cells_stride_c, target_stride_c,
-            upstream_stride_c, CODES, NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, HAS_UPSTREAM, BLOCK, True
+            channel, num_channels, num_cells, logits_stride_c, cells_stride_c, target_stride_c, upstream_stride_c,
+            grad_stride, CODES, NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, HAS_UPSTREAM, BLOCK, True
         )

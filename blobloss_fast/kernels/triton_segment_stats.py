@@ -5,8 +5,10 @@ backward; "terms" and "instances", whose gradient has to wait for the weights of
 more. Nothing is ever copied to the host, and nothing waits.
 
 Full blocks and the tail of a row run the same code compiled twice: only without a mask on the loads does the compiler
-move 16 bytes per instruction. Shapes and strides are run-time arguments, so a new patch size never compiles again; what
-is static is the meaning: features, activation, gamma, what a target is.
+move 16 bytes per instruction (8 of half precision, 4 of ids of one byte: four voxels). Where there are several rows
+whose length is not divisible by 16, no such access is possible, and every voxel is read alone. Shapes and strides are
+run-time arguments, so a new patch size never compiles again; what is static is the meaning: features, activation,
+gamma, what a target is.
 """
 
 import functools
@@ -29,7 +31,7 @@ NUM_WARPS = 4
 MAX_REGISTERS = {torch.float32: 168, torch.float64: 255}
 MOST_BLOCKS = 16  # of a program of the forward pass
 _MAX_CELLS = 2**26  # a row of the table must fit int32 offsets: up to 19 slots per cell
-_READ_ELEMENTS = 1024
+READ_ELEMENTS = 1024
 
 
 # Argument lists this long fill lines instead of making columns.
@@ -57,7 +59,7 @@ def segment_stats_forward(
     counts = torch.empty(shape, dtype=torch.int64, device=logits.device)
     sums = torch.empty((*shape, len(features)), dtype=compute_dtype(logits), device=logits.device)
     stats = padded_stats(len(features))
-    lanes = _READ_ELEMENTS // stats
+    lanes = READ_ELEMENTS // stats
     with torch.cuda.device_of(logits):  # does nothing for a CPU tensor, that is, in the interpreter
         integers, table = _sum(logits, cells, target, num_cells, 0, None, features, activation, gamma, channel0)
         if counts.numel():
@@ -91,6 +93,7 @@ def segment_stats_backward(
         grad_sums = grad_sums.to(dtype).contiguous()
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     strides = (0, 0) if upstream is None or upstream.ndim == 0 else upstream.stride()
+    strides = (*strides, 0 if logits.numel() == voxels else voxels)  # 0 hides no alignment
     blocks = divide_up(voxels, BLOCK)
     with torch.cuda.device_of(logits):
         _launch(
