@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops
-from .kernels import native
+from .kernels import native, native_labels
 from .kernels.rows import rows
 
 _REFERENCE = "reference (pure PyTorch)"
@@ -16,7 +16,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
     """Return what computes the losses, and why not something faster.
 
     Args:
-        tensor: ``[B, C, *spatial]``, of any dtype and device; None: every kind of device.
+        tensor: ``[B, C, *spatial]``, of any real dtype and any device; None: every kind of device.
 
     Returns:
         A dict to lines of text. Without a tensor, the backend of the table of sums for every kind of device, "cpu",
@@ -52,6 +52,8 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
     _checks.tensor("tensor", tensor)
     if tensor.ndim < 3:
         raise ValueError(f"tensor must be [B, C, *spatial]; got {list(tensor.shape)}")
+    if tensor.is_complex():
+        raise TypeError(f"tensor must be of a real dtype; got {tensor.dtype}")
     kind = tensor.device.type
     losses = by_device.get(kind, f"{_REFERENCE}: there are no kernels for {kind} devices")
     layout = "read as it is"
@@ -60,6 +62,8 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
         zones = losses.replace(_REFERENCE, "pure PyTorch")
     else:
         components = zones = losses
+        if kind == "cpu" and tensor.dtype not in native_labels.DTYPES:
+            components = f"connected-components-3d on the CPU: the native library does not label {tensor.dtype}"
         if rows(tensor)[0] is not tensor:
             layout = (
                 "copied at every call, because its spatial axes are not dense in row-major order (channels_last_3d, "

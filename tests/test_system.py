@@ -349,7 +349,12 @@ def test_backends_of_a_tensor_says_what_it_takes_and_why():
         assert ("copied" in blobloss_fast.backends(strided)["layout"]) == native
     assert blobloss_fast.backends(meta)["losses"].endswith("no kernels for meta devices")
     assert "connected-components-3d" in blobloss_fast.backends(meta)["components"]
+    half = blobloss_fast.backends(dense.half())
+    assert half["losses"] == everywhere["cpu"] and "connected-components-3d" in half["components"]
+    assert ("does not label torch.float16" in half["components"]) == native
     with pytest.raises(ValueError, match=r"tensor must be \[B, C, \*spatial\]"):
         blobloss_fast.backends(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"a real dtype; got torch\.complex64"):
+        blobloss_fast.backends(torch.zeros(1, 1, 2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
         blobloss_fast.backends("cpu")

@@ -16,7 +16,7 @@ from . import labels, native, structs
 from .layout import NOT_A_CLASS, NOT_BINARY
 
 # The types of a target that the library reads; all others are for NumPy.
-_DTYPES = (torch.float32, torch.float64, torch.bool, *structs.INTEGERS)
+DTYPES = (torch.float32, torch.float64, torch.bool, *structs.INTEGERS)
 _LABELLING = struct.Struct("@PqqiiP6q4iqP")
 _DIFFERING_AXES = {4: 1, 6: 1, 8: 2, 18: 2, 26: 3}  # in how many of them the places of two neighbours may differ
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS}
@@ -38,7 +38,7 @@ def label_target(
     narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Find the instances of a target; see ``labels.label_target``. If ``narrow``, ids are int16 where that will do."""
-    if target.dtype not in _DTYPES:
+    if target.dtype not in DTYPES:
         return labels.label_target(target, channels, class_map, softmax, connectivity, ignore)
     batch, own, *spatial = target.shape
     expected = 1 if class_map else channels
@@ -51,7 +51,7 @@ def label_target(
     counts = torch.empty(batch, returned, dtype=torch.int64, device="cpu")  # whatever the default device is
     if not target.numel():
         return torch.empty(batch, returned, *spatial, dtype=torch.int32, device="cpu"), counts.zero_()
-    _kept, volume = structs.volume("target", target, _DTYPES, batch, channels, target.numel() // (batch * own))
+    _kept, volume = structs.volume("target", target, DTYPES, batch, channels, target.numel() // (batch * own))
     axes = [size for size in spatial if size > 1]  # the others change neither the order nor the neighbours
     library, found, ids = native._library(), ctypes.c_void_p(), None
     try:
