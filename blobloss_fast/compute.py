@@ -141,9 +141,10 @@ def _instance_weights(options: Options, counts: Tensor, labels: Partition, dtype
             f"instance_weight must return one real weight for every size, a tensor {list(sizes.shape)}; got {got}"
         )
     weights = torch.where(sizes > 0, weights, 1).to(dtype)
-    if _may_be_read(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
+    valid = (weights >= 0) & weights.isfinite()
+    if _may_be_read(weights) and not bool(valid.all()):
         raise ValueError("instance_weight must return finite weights of at least 0; got others")
-    return weights
+    return torch.where(valid, weights, torch.nan)
 
 
 def _may_be_read(tensor: Tensor) -> bool:

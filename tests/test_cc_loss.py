@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blobloss_fast import BlobLoss, CCLoss, blob_loss, cc_loss, criteria, nearest_instance
+from blobloss_fast import BlobLoss, CCLoss, blob_loss, cc_loss, compute, criteria, nearest_instance
 
 from . import oracle_zones, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, DICE, random_grad, translated, value_and_gradient
@@ -364,6 +364,16 @@ def test_wrong_options(loss, options, error, match):
     scene = scenes.scene(3, 1, "plain")
     with pytest.raises(error, match=match):
         loss(**options)(scene.logits, instances=scene.instances)
+
+
+@pytest.mark.parametrize("weight", [lambda n: -1.0 * n, lambda n: n / 0], ids=["negative", "infinite"])
+@pytest.mark.parametrize("loss", [BlobLoss, CCLoss])
+def test_wrong_weights_make_the_loss_nan_where_nothing_may_be_read(loss, weight, monkeypatch):
+    """On a GPU, and in a compiled call."""
+    monkeypatch.setattr(compute, "_may_be_read", lambda tensor: False)
+    scene = scenes.scene(3, 1, "plain")
+    assert loss(instance_weight=weight)(scene.logits, instances=scene.instances).isnan()
+    assert loss(instance_weight=lambda n: 2.0 * n)(scene.logits, instances=scene.instances).isfinite()
 
 
 def test_wrong_input_of_a_cc_loss():
