@@ -30,7 +30,7 @@ import blobloss_fast
 from bench import gpu_comparisons as gpu_comparisons  # registers its measurements
 from bench import gpu_tools
 from bench.gpu_contestants import version
-from bench.gpu_rows import COPY, FULL, MEASUREMENTS, QUICK, Bar, Bench, Row, Scale
+from bench.gpu_rows import COPY, FULL, MEASUREMENTS, QUICK, Bar, Bench, Extra, Row, Scale
 from bench.gpu_timing import Clock, CudaClock, l2_bytes
 from bench.report import MarkerError, number, publish, replace_between_markers, table
 
@@ -64,10 +64,15 @@ class Plan:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def bars_of(stage: str) -> list[Bar]:
+def announced(stage: str) -> list[Bar | Extra]:
+    """The rows that a stage has in any case, with a bar or without."""
     if stage in TOOLS:
         return [TOOLS[stage][0]]
     return [bar for measurement in MEASUREMENTS if measurement.stage == stage for bar in measurement.bars]
+
+
+def bars_of(stage: str) -> list[Bar]:
+    return [bar for bar in announced(stage) if isinstance(bar, Bar)]
 
 
 def stage_rows(stage: str, bench: Bench) -> Iterator[Row]:
@@ -83,7 +88,7 @@ def _child(sender: Connection, stage: str, clock: str, scale: Scale) -> None:
 
 
 def rows_from_child(stage: str, plan: Plan, seconds: float, show: Callable[[Row], None]) -> list[Row]:
-    """The rows of a stage from a process of its own, each as it comes; bars whose rows do not come say why."""
+    """The rows of a stage from a process of its own, each as it comes; announced ones that do not come say why."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, stage, plan.clock, plan.scale))
@@ -109,7 +114,7 @@ def rows_from_child(stage: str, plan: Plan, seconds: float, show: Callable[[Row]
         process.kill()
         process.join(10)
     names = {found["name"] for found in rows}
-    for bar in bars_of(stage):
+    for bar in announced(stage):
         if bar.name not in names:
             rows.append(bar.unmeasured(reason))
             show(rows[-1])
@@ -134,7 +139,7 @@ def measure(plan: Plan, save: Callable[[dict[str, Any]], None] = lambda results:
             bar.set_postfix_str(stage)
             left = end - (time.monotonic() - start)
             if stage in plan.skipped:
-                rows[stage] = [own.unmeasured("left out") for own in bars_of(stage)]
+                rows[stage] = [own.unmeasured("left out") for own in announced(stage)]
             elif stage in TOOLS:
                 rows[stage] = [TOOLS[stage][1](left)]
             else:
@@ -150,7 +155,7 @@ def measure(plan: Plan, save: Callable[[dict[str, Any]], None] = lambda results:
 def _results(plan: Plan, rows: Mapping[str, list[Row]]) -> dict[str, Any]:
     in_order: list[Row] = []
     for stage in sorted(plan.budget, key=lambda stage: stage not in SHOWN_FIRST):
-        in_order += rows.get(stage, [bar.unmeasured("the run did not get that far") for bar in bars_of(stage)])
+        in_order += rows.get(stage, [bar.unmeasured("the run did not get that far") for bar in announced(stage)])
     bandwidth = next((found["value"] for found in in_order if found["name"] == COPY), None)
     return {"copy_gb_per_s": bandwidth, "quick": plan.scale == QUICK, "rows": in_order}
 
@@ -254,10 +259,11 @@ def _origin(results: Mapping[str, Any]) -> str:
     stamp = results["machine"]
     quick = "A quick run: fewer rounds. " if results["quick"] else ""
     return (
-        f"{quick}fp32; medians of CUDA events in turns, each after the L2 cache was flushed; all results were compared "
-        f"first. {stamp['gpu']}, {stamp['memory']}, L2 {stamp['L2']}, driver {stamp['driver']}; blobloss_fast "
-        f"{stamp['blobloss_fast']}; Python {stamp['python']}, torch {stamp['torch']}, CUDA {stamp['cuda']}, Triton "
-        f"{stamp['triton']}, MONAI {stamp['monai'] or 'absent'}, CuPy {stamp['cupy'] or 'absent'}; {stamp['date']}."
+        f"{quick}fp32 where no dtype is named; medians of CUDA events in turns, each after the L2 cache was flushed; "
+        f"all results were compared first. {stamp['gpu']}, {stamp['memory']}, L2 {stamp['L2']}, driver "
+        f"{stamp['driver']}; blobloss_fast {stamp['blobloss_fast']}; Python {stamp['python']}, torch {stamp['torch']}, "
+        f"CUDA {stamp['cuda']}, Triton {stamp['triton']}, MONAI {stamp['monai'] or 'absent'}, CuPy "
+        f"{stamp['cupy'] or 'absent'}; {stamp['date']}."
     )
 
 

@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu_contestants import CAPACITY, LOSSES, Pass, missing, pair
+from bench.gpu_contestants import (
+    CAPACITY,
+    LOSSES,
+    Pass,
+    missing,
+    mistaken_pair,
+    pair,
+    pair_in_bf16,
+    pair_of_two_channels,
+)
 from bench.gpu_labels import CONTESTS, as_tensor, noise
-from bench.gpu_rows import Bar, Bench, Row, measures, one_of, row, unmeasured
+from bench.gpu_rows import Bar, Bench, Extra, Row, measures, one_of, row, unmeasured
 from bench.gpu_timing import Function, reason_of
 from bench.workloads import balls, real, synthetic
 
@@ -26,7 +35,7 @@ class Timed(NamedTuple):
     seconds: dict[str, float]
     reasons: dict[str, str]
 
-    def ratio(self, bar: Bar, top: str, bottom: str, name: str) -> Row:
+    def ratio(self, bar: Bar | Extra, top: str, bottom: str, name: str) -> Row:
         for key in (top, bottom):
             if key in self.reasons:
                 return bar.unmeasured(self.reasons[key])
@@ -64,22 +73,23 @@ def time_losses(bench: Bench, keys: tuple[str, ...], *volume: Any, replayed: boo
     return Timed(bench.clock.medians(steps, bench.scale.rounds) if steps else {}, reasons)
 
 
-def _times(timed: Timed, how: str, name: str) -> Iterator[Row]:
+def _times(timed: Timed, how: str, name: str, part: str = "losses") -> Iterator[Row]:
     for key, reason in timed.reasons.items():
-        yield unmeasured(one_of("losses", f"{name}, {how}", LOSSES[key].title), "us", reason)
+        yield unmeasured(one_of(part, f"{name}, {how}", LOSSES[key].title), "us", reason)
     for key, seconds in timed.seconds.items():
-        yield row(one_of("losses", f"{name}, {how}", LOSSES[key].title), "us", 1e6 * seconds, "forward and backward")
+        yield row(one_of(part, f"{name}, {how}", LOSSES[key].title), "us", 1e6 * seconds, "forward and backward")
 
 
-COMPARED = ("ours", "mask", "monai", "compiled", "scatter_add", "tio")
+COMPARED = ("ours", "ours_ce", "mask", "mask_ce", "monai", "monai_ce", "compiled", "scatter_add", "tio")
 
 
-def _compare(bench: Bench, how: str, of_monai: Bar, of_compiled: Bar, of_mask: Bar) -> Iterator[Row]:
+def _compare(bench: Bench, how: str, of_monai: Bar, of_compiled: Bar, of_mask: Bar, of_mask_ce: Extra) -> Iterator[Row]:
     volume = (pair, bench.scale.middle, bench.scale.few)
     timed, name = time_losses(bench, COMPARED, *volume, replayed=how == "replayed"), bench.volume(*volume).name
     yield timed.ratio(of_monai, "monai", "ours", name)
     yield timed.ratio(of_compiled, "compiled", "ours", name)
     yield timed.ratio(of_mask, "mask", "monai", f"max_instances={CAPACITY}, {name}")
+    yield timed.ratio(of_mask_ce, "mask_ce", "monai_ce", f"max_instances={CAPACITY}, {name}")
     yield from _times(timed, how, name)
 
 
@@ -88,8 +98,9 @@ def _compare(bench: Bench, how: str, of_monai: Bar, of_compiled: Bar, of_mask: B
     Bar("MONAI DiceLoss / BlobLoss, eager", "", ">=", 1.5),
     Bar("plain Dice by torch.compile / BlobLoss, eager", "", ">=", 1),
     Bar("BlobLoss from a mask / MONAI DiceLoss, eager", "", "<=", 1),
+    Extra("BlobLoss Dice+CE from a mask / MONAI DiceCELoss, eager"),
 )
-def eager_losses(bench: Bench, *bars: Bar) -> Iterator[Row]:
+def eager_losses(bench: Bench, *bars: Any) -> Iterator[Row]:
     yield from _compare(bench, "eager", *bars)
 
 
@@ -98,8 +109,9 @@ def eager_losses(bench: Bench, *bars: Bar) -> Iterator[Row]:
     Bar("MONAI DiceLoss / BlobLoss, replayed", "", ">=", 3),
     Bar("plain Dice by torch.compile / BlobLoss, replayed", "", ">=", 1),
     Bar("BlobLoss from a mask / MONAI DiceLoss, replayed", "", "<=", 1),
+    Extra("BlobLoss Dice+CE from a mask / MONAI DiceCELoss, replayed"),
 )
-def replayed_losses(bench: Bench, *bars: Bar) -> Iterator[Row]:
+def replayed_losses(bench: Bench, *bars: Any) -> Iterator[Row]:
     yield from _compare(bench, "replayed", *bars)
 
 
@@ -109,6 +121,18 @@ def the_loop(bench: Bench, bar: Bar) -> Iterator[Row]:
     timed, name = time_losses(bench, ("loop", "ours"), *volume, replayed=False), bench.volume(*volume).name
     yield timed.ratio(bar, "loop", "ours", name)
     yield from _times(timed, "eager", name)
+
+
+OTHERS = {mistaken_pair: ("cc", "bicc"), pair_of_two_channels: ("softmax",), pair_in_bf16: ("ours",)}
+
+
+@measures("losses")
+def other_losses(bench: Bench) -> Iterator[Row]:
+    for make, keys in OTHERS.items():
+        volume = (make, bench.scale.middle, bench.scale.few)
+        for how in ("eager", "replayed"):
+            timed = time_losses(bench, keys, *volume, replayed=how == "replayed")
+            yield from _times(timed, how, bench.volume(*volume).name, "other losses")
 
 
 # ----------------------------------------------------------------------------------------- labels: components and zones

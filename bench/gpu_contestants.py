@@ -7,14 +7,31 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.contestants import BLOB_DICE, DICE, SMOOTH, TOLERANCE, Formula, Loss, loop_blob_loss, soft_dice
+from bench.contestants import (
+    BLOB_DICE,
+    BLOB_DICE_CE,
+    CC_DICE,
+    DICE,
+    DICE_CE,
+    SMOOTH,
+    TOLERANCE,
+    TWO_CHANNEL_BLOB,
+    Formula,
+    Loss,
+    blob_formula,
+    cc_formula,
+    loop_blob_loss,
+    plain_formula,
+    soft_dice,
+)
 from bench.gpu_timing import Clock, UnmeasuredError
-from bench.workloads import Workload, logits_for, scene, synthetic
-from blobloss_fast import BlobLoss
+from bench.workloads import Workload, logits_for, scene, synthetic, two_channels
+from blobloss_fast import BlobLoss, CCLoss, connected_components, criteria, nearest_instance
 
 REPLICAS = 32  # columns of tio_blob_loss
 RUNNING_SUMS = 1e-4  # relative error allowed to losses that add up the volume in fp32 with atomics, in any order
@@ -35,6 +52,43 @@ def giant_pair(size: int) -> Workload:
 
 def pair(size: int, count: int) -> Workload:
     return synthetic(size, count, batch=2)
+
+
+def pair_in_bf16(size: int, count: int) -> Workload:
+    workload = pair(size, count)
+    return replace(workload.to(torch.bfloat16), name=f"{workload.name}, bfloat16")
+
+
+def pair_of_two_channels(size: int, count: int) -> Workload:
+    return two_channels(pair(size, count))
+
+
+def mistaken_pair(size: int, count: int) -> Workload:
+    """For either sample the balls of the other one are predicted, without noise that would be a component each."""
+    workload = pair(size, count)
+    logits = logits_for(workload.instances.roll(1, 0), noise=0.5)
+    return replace(workload, name=f"{workload.name}, as many others predicted", logits=logits)
+
+
+SAMPLES, CLASSES = 8, 4
+
+
+def classes(size: int, count: int) -> Workload:
+    """8 samples with 4 classes, each with its own balls."""
+    rows = synthetic(size, count, batch=SAMPLES * CLASSES)
+    logits, ids = (tensor.view(SAMPLES, CLASSES, *(size,) * 3) for tensor in (rows.logits, rows.instances))
+    name = f"{SAMPLES}x{CLASSES}x{size}^3, {count} balls each"
+    return replace(rows, name=name, logits=logits, instances=ids)
+
+
+def end_to_end(size: int, count: int) -> Workload:
+    """The same voxels as one sample of one class, in which every ball has an id of its own."""
+    apart = classes(size, count)
+    first = count * torch.arange(SAMPLES * CLASSES, dtype=torch.int32).view(SAMPLES, CLASSES, 1, 1, 1)
+    ids = torch.where(apart.instances > 0, apart.instances + first, 0)
+    logits, ids = (tensor.view(1, 1, -1, size, size) for tensor in (apart.logits, ids))
+    name = f"1x1x{logits.shape[2]}x{size}x{size}, {SAMPLES * CLASSES * count:,} balls"
+    return replace(apart, name=name, logits=logits, instances=ids)
 
 
 NAMES = {"monai": "MONAI", "cupyx": "CuPy", "cucim": "cuCIM"}
@@ -98,6 +152,32 @@ def tio_blob_loss(logits: Tensor, target: Tensor, ids: Tensor, num_ids: int) -> 
     return soft_dice(prob, target) + (blob * has_any).sum() / has_any.sum().clamp(min=1)
 
 
+def bicc_formula(logits: Tensor, instances: Tensor, target: Tensor) -> Tensor:
+    """CC loss whose second term is, for one half, the mean over the zones of the predicted components."""
+    components, _ = connected_components(logits > 0)
+    zones, x, y = nearest_instance(components).flatten(1).long(), torch.sigmoid(logits.flatten(1)), target.flatten(1)
+
+    def by_zone(values: Tensor) -> Tensor:
+        return values.new_zeros(len(zones), int(zones.max()) + 1).scatter_add(1, zones, values)
+
+    predicted, true = by_zone(x), by_zone(y)
+    exists = by_zone(torch.ones_like(x)) > 0
+    dice = 1 - (2 * by_zone(x * y) + SMOOTH) / (predicted + true + SMOOTH)
+    spurious = by_zone(x * x.detach()) / torch.where(exists, predicted.detach(), 1)
+    losses = torch.where(exists, torch.where(true > 0, dice, spurious), 0)
+    mean = (losses.sum(1) / exists.sum(1)).mean()
+    return (plain_formula(logits, target, ce=False) + cc_formula(logits, instances, target) + mean) / 2
+
+
+def every_class_formula(logits: Tensor, instances: Tensor, target: Tensor) -> Tensor:
+    """Blob loss with a sigmoid has a term for every sample and class alike."""
+    return blob_formula(*(tensor.flatten(0, 1)[:, None] for tensor in (logits, instances, target)), ce=False)
+
+
+BICC_DICE: Formula = lambda x, w: bicc_formula(x, w.instances, w.target)  # noqa: E731
+EVERY_CLASS: Formula = lambda x, w: every_class_formula(x, w.instances, w.target)  # noqa: E731
+
+
 @dataclass(frozen=True)
 class LossContestant:
     """A loss in the comparison.
@@ -126,18 +206,25 @@ def _largest_id(workload: Workload) -> int:
     return int(workload.instances.max())
 
 
-def _ours(workload: Workload, clock: Clock) -> Loss:
-    return partial(BlobLoss(max_instances=_largest_id(workload)), instances=workload.instances)
+def _of_ids(*criterion: criteria.Criterion, **options: Any) -> Callable[[Workload, Clock], Loss]:
+    def prepare(workload: Workload, clock: Clock) -> Loss:
+        loss = BlobLoss(*criterion, max_instances=_largest_id(workload), **options)
+        return partial(loss, instances=workload.instances)
+
+    return prepare
 
 
-def _from_mask(workload: Workload, clock: Clock) -> Loss:
-    return partial(BlobLoss(max_instances=CAPACITY), target=workload.mask)
+def _from_mask(loss: Callable[..., Tensor]) -> Callable[[Workload, Clock], Loss]:
+    return lambda workload, clock: partial(loss, target=workload.mask)
 
 
-def _monai_dice(workload: Workload, clock: Clock) -> Loss:
-    from monai.losses import DiceLoss
+def _monai(name: str) -> Callable[[Workload, Clock], Loss]:
+    def prepare(workload: Workload, clock: Clock) -> Loss:
+        import monai.losses
 
-    return partial(DiceLoss(sigmoid=True), target=workload.target)
+        return partial(getattr(monai.losses, name)(sigmoid=True), target=workload.target)
+
+    return prepare
 
 
 def plain_dice(logits: Tensor, target: Tensor) -> Tensor:
@@ -161,14 +248,31 @@ def _loop(workload: Workload, clock: Clock) -> Loss:
     return partial(loop_blob_loss, target=workload.target, instances=workload.instances)
 
 
+DICE_AND_CE = criteria.dice() + criteria.bce()
+SOFTMAX_DICE_AND_CE = criteria.dice() + criteria.cross_entropy()
+
 LOSSES = {
-    "ours": LossContestant("BlobLoss", BLOB_DICE, _ours),
-    "mask": LossContestant("BlobLoss from a mask", BLOB_DICE, _from_mask),
-    "monai": LossContestant("MONAI DiceLoss", DICE, _monai_dice, package="monai"),
+    "ours": LossContestant("BlobLoss", BLOB_DICE, _of_ids()),
+    "ours_ce": LossContestant("BlobLoss Dice+CE", BLOB_DICE_CE, _of_ids(DICE_AND_CE)),
+    "mask": LossContestant("BlobLoss from a mask", BLOB_DICE, _from_mask(BlobLoss(max_instances=CAPACITY))),
+    "mask_ce": LossContestant(
+        "BlobLoss Dice+CE from a mask", BLOB_DICE_CE, _from_mask(BlobLoss(DICE_AND_CE, max_instances=CAPACITY))
+    ),
+    "monai": LossContestant("MONAI DiceLoss", DICE, _monai("DiceLoss"), package="monai"),
+    "monai_ce": LossContestant("MONAI DiceCELoss", DICE_CE, _monai("DiceCELoss"), package="monai"),
     "compiled": LossContestant("plain Dice, torch.compile", DICE, _compiled_dice),
     "scatter_add": LossContestant("scatter_add", BLOB_DICE, _scatter_add, RUNNING_SUMS),
     "tio": LossContestant("vmap and five scatter_add (TIO-IKIM)", BLOB_DICE, _tio, RUNNING_SUMS),
     "loop": LossContestant("literal loop", BLOB_DICE, _loop, replayed=False),
+    "cc": LossContestant("CCLoss from a mask", CC_DICE, _from_mask(CCLoss(max_instances=CAPACITY))),
+    "bicc": LossContestant(
+        "BiCC from a mask", BICC_DICE, _from_mask(CCLoss(max_instances=CAPACITY, bidirectional=True))
+    ),
+    # On volumes with more than one channel.
+    "softmax": LossContestant(
+        "BlobLoss Dice+CE, softmax", TWO_CHANNEL_BLOB, _of_ids(SOFTMAX_DICE_AND_CE, activation="softmax")
+    ),
+    "classes": LossContestant("BlobLoss of several classes", EVERY_CLASS, _of_ids()),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from bench.contestants import Loss
-from bench.gpu_contestants import CAPACITY, LOSSES, Pass, Truth, giant_pair, on, pair
+from bench.gpu_contestants import (
+    CAPACITY,
+    LOSSES,
+    Pass,
+    Truth,
+    classes,
+    end_to_end,
+    giant_pair,
+    mistaken_pair,
+    on,
+    pair,
+    pair_of_two_channels,
+)
 from bench.gpu_timing import Clock, UnmeasuredError, reason_of
 from bench.ratios import BACKWARD_BYTES, BYTES_PER_VOXEL, FORWARD_BYTES
 from bench.workloads import Workload
@@ -22,6 +34,7 @@ Row = dict[str, Any]
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 COPY = "copy bandwidth"
+SOFTMAX_FORWARD_BYTES = 12  # two logits in fp32 and an int32 id
 
 
 class Scale(NamedTuple):
@@ -58,6 +71,19 @@ class Bar(NamedTuple):
         return {**unmeasured(self.name, self.unit, reason), "bar": str(self)}
 
 
+class Extra(NamedTuple):
+    """A row without a bar that is announced like one with, so that it says why if it has no value."""
+
+    name: str
+    unit: str = ""
+
+    def row(self, value: float, note: str) -> Row:
+        return row(self.name, self.unit, value, note)
+
+    def unmeasured(self, reason: str) -> Row:
+        return unmeasured(self.name, self.unit, reason)
+
+
 def one_of(part: str, volume: str, title: str) -> str:
     """The name of a row that is one of many volumes and contestants; `split(": ")` gives the three back."""
     return f"{part}: {volume}: {title}"
@@ -89,19 +115,19 @@ class Bench:
         return self.clock.copy_bandwidth(self.scale.rounds)
 
     def floor_s(self, workload: Workload, bytes_per_voxel: int) -> float:
-        return workload.logits.numel() * bytes_per_voxel / self.gb_per_s / 1e9
+        return workload.instances.numel() * bytes_per_voxel / self.gb_per_s / 1e9
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A function that yields the rows of its bars, and others; and the stage in whose time it runs."""
+    """A function that yields the rows that it announces, and others; and the stage in whose time it runs."""
 
     stage: str
-    bars: tuple[Bar, ...]
+    bars: tuple[Bar | Extra, ...]
     function: Callable[..., Iterator[Row]]
 
     def rows(self, bench: Bench) -> Iterator[Row]:
-        """Its rows; if it fails, what is left of its bars says why."""
+        """Its rows; if it fails, what is left of those that it announces says why, or else one of its own."""
         left = {bar.name: bar for bar in self.bars}
         reason = "its measurement ended without it"
         try:
@@ -110,6 +136,7 @@ class Measurement:
                 yield found
         except Exception as error:
             reason = reason_of(error)
+            left = left or {"": Extra(f"what is left of {self.function.__name__}")}
         for bar in left.values():
             yield bar.unmeasured(reason)
 
@@ -117,7 +144,7 @@ class Measurement:
 MEASUREMENTS: list[Measurement] = []
 
 
-def measures(stage: str, *bars: Bar) -> Callable[[Callable[..., Iterator[Row]]], Callable[..., Iterator[Row]]]:
+def measures(stage: str, *bars: Bar | Extra) -> Callable[[Callable[..., Iterator[Row]]], Callable[..., Iterator[Row]]]:
     """Register a function (bench, *bars) -> rows."""
 
     def register(function: Callable[..., Iterator[Row]]) -> Callable[..., Iterator[Row]]:
@@ -203,32 +230,43 @@ def determinism(bench: Bench, *bars: Bar) -> Iterator[Row]:
         yield bar.row(wrong, f"of {bench.scale.runs}, beside a second stream busy with others' work, {workload.name}")
 
 
-@measures("checks", Bar("launches, forward", "", "<=", 4), Bar("launches, backward", "", "<=", 1))
-def launches(bench: Bench, of_forward: Bar, of_backward: Bar) -> Iterator[Row]:
-    steps = _steps(bench)
-    for key, (step, _, workload) in steps.items():
+COUNTED = {"ours": pair, "mask": pair, "cc": mistaken_pair, "bicc": mistaken_pair}
+
+
+@measures(
+    "checks",
+    Bar("launches, forward", "", "<=", 4),
+    Bar("launches, backward", "", "<=", 1),
+    *(
+        Extra(f"launches, {way}, {LOSSES[key].title}")
+        for key in ("mask", "cc", "bicc")
+        for way in ("forward", "backward")
+    ),
+)
+def launches(bench: Bench, *bars: Any) -> Iterator[Row]:
+    left = iter(bars)
+    for key, volume in COUNTED.items():
+        workload = bench.volume(volume, bench.scale.middle, bench.scale.few)
+        step = Pass(LOSSES[key].prepare(workload, bench.clock), workload.logits)
         step.forward()
         note = f"kernels, fills and copies on the device, {workload.name}"
-        found = bench.clock.launches(step.forward), bench.clock.launches(step.backward)
-        if key == "ids":
-            yield of_forward.row(found[0], note)
-            yield of_backward.row(found[1], f"{note}; the 1 that a backward pass starts from is there")
-        else:
-            yield row("launches, forward from a mask", "", found[0], note)
+        yield next(left).row(bench.clock.launches(step.forward), note)
+        found = bench.clock.launches(step.backward)
+        yield next(left).row(found, f"{note}; the 1 that a backward pass starts from is there")
 
 
-@measures("checks", Bar("peak memory beyond the gradient, of the logits", "%", "<", 1))
-def memory(bench: Bench, bar: Bar) -> Iterator[Row]:
-    for key, (step, _, workload) in _steps(bench).items():
+@measures(
+    "checks",
+    Bar("peak memory beyond the gradient, of the logits", "%", "<", 1),
+    Extra("peak memory beyond the gradient, from a mask", "%"),
+)
+def memory(bench: Bench, *bars: Any) -> Iterator[Row]:
+    for bar, (step, _, workload) in zip(bars, _steps(bench).values(), strict=True):
         step()
         step.clear()
         size = workload.logits.numel() * workload.logits.element_size()
         beyond = bench.clock.peak_bytes(step) - size
-        note = f"{beyond / 2**10:,.1f} KiB, {workload.name}"
-        if key == "ids":
-            yield bar.row(100 * beyond / size, note)
-        else:
-            yield row("peak memory beyond the gradient, from a mask", "%", 100 * beyond / size, note)
+        yield bar.row(100 * beyond / size, f"{beyond / 2**10:,.1f} KiB, {workload.name}")
 
 
 @measures("checks")
@@ -244,10 +282,10 @@ def host_time(bench: Bench) -> Iterator[Row]:
 # -------------------------------------------------------------------------------------- passes: against the bandwidth
 
 
-def _ours(bench: Bench, *volume: Any) -> tuple[Pass, Workload, Callable[[Pass, str], float]]:
-    workload = bench.volume(*volume)
-    check = partial(bench.truth(*volume).check, LOSSES["ours"])
-    return Pass(LOSSES["ours"].prepare(workload, bench.clock), workload.logits), workload, check
+def _pass_of(bench: Bench, key: str, *volume: Any) -> tuple[Pass, Workload, Callable[[Pass, str], float]]:
+    workload, contestant = bench.volume(*volume), LOSSES[key]
+    check = partial(bench.truth(*volume).check, contestant)
+    return Pass(contestant.prepare(workload, bench.clock), workload.logits), workload, check
 
 
 @measures("passes")
@@ -263,7 +301,7 @@ def bandwidth(bench: Bench) -> Iterator[Row]:
 )
 def shares(bench: Bench, of_forward: Bar, of_backward: Bar, of_step: Bar) -> Iterator[Row]:
     volume = (pair, bench.scale.large, bench.scale.few)
-    (apart, workload, check), (whole, _, _) = _ours(bench, *volume), _ours(bench, *volume)
+    (apart, workload, check), (whole, _, _) = _pass_of(bench, "ours", *volume), _pass_of(bench, "ours", *volume)
     forward, backward = bench.clock.capture(apart.forward, apart.backward)
     (step,) = bench.clock.capture(whole)
     for replay, done in ((forward, None), (backward, apart), (step, whole)):
@@ -287,14 +325,45 @@ def shares(bench: Bench, of_forward: Bar, of_backward: Bar, of_step: Bar) -> Ite
 def numbers_of_instances(bench: Bench, of_many: Bar, of_giant: Bar) -> Iterator[Row]:
     size, few, many = bench.scale.extremes, bench.scale.few, bench.scale.many
     volumes = {"few": (pair, size, few), "many": (pair, size, many), "giant": (giant_pair, size)}
-    steps, names = {}, {}
-    for key, volume in volumes.items():
-        step, workload, check = _ours(bench, *volume)
-        (steps[key],) = bench.clock.capture(step)
-        steps[key]()
-        check(step, "replayed")
-        names[key] = workload.name
-    s = bench.clock.medians(steps, bench.scale.rounds)
+    s, names = _replayed(bench, {key: ("ours", *volume) for key, volume in volumes.items()})
     for bar, key in ((of_many, "many"), (of_giant, "giant")):
         made_of = f"{1e6 * s[key]:.1f} us / {1e6 * s['few']:.1f} us"
         yield bar.row(s[key] / s["few"], f"{made_of}, replayed steps, {names[key]} / {names['few']}")
+
+
+def _replayed(bench: Bench, contests: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of replayed steps, each a contestant on a volume, and the names of the volumes."""
+    steps, names = {}, {}
+    for title, contest in contests.items():
+        step, workload, check = _pass_of(bench, *contest)
+        (steps[title],) = bench.clock.capture(step)
+        steps[title]()
+        check(step, "replayed")
+        names[title] = workload.name
+    return bench.clock.medians(steps, bench.scale.rounds), names
+
+
+# Two that settle what reading the kernels cannot tell.
+
+
+@measures("passes", Extra("forward with a softmax, share of the copy bandwidth"))
+def one_cell_of_all(bench: Bench, of_forward: Extra) -> Iterator[Row]:
+    """Hardly any voxel is foreground, and a program of a softmax has few voxels."""
+    step, workload, check = _pass_of(bench, "softmax", pair_of_two_channels, bench.scale.extremes, bench.scale.few)
+    forward, backward = bench.clock.capture(step.forward, step.backward)
+    forward()
+    backward()
+    check(step, "replayed")
+    seconds = bench.clock.medians({"forward": forward}, bench.scale.rounds)["forward"]
+    share = bench.floor_s(workload, SOFTMAX_FORWARD_BYTES) / seconds
+    made_of = f"{SOFTMAX_FORWARD_BYTES} bytes a voxel, {1e6 * seconds:.1f} us, replayed, Dice+CE, {workload.name}"
+    yield of_forward.row(share, f"{made_of}; shows what it costs that every program adds to the same background cell")
+
+
+@measures("passes", Extra("8 samples with 4 classes / the same voxels as one"))
+def numbers_of_pairs(bench: Bench, of_pairs: Extra) -> Iterator[Row]:
+    volume = (bench.scale.middle // 2, bench.scale.few)
+    s, names = _replayed(bench, {"pairs": ("classes", classes, *volume), "one": ("classes", end_to_end, *volume)})
+    made_of = f"{1e6 * s['pairs']:.1f} us / {1e6 * s['one']:.1f} us, replayed steps, {names['pairs']} / {names['one']}"
+    shown = "shows what it costs that every program of the finish visits every (sample, class) pair, and of short rows"
+    yield of_pairs.row(s["pairs"] / s["one"], f"{made_of}; {shown}")

@@ -188,7 +188,7 @@ class CudaClock(Clock):
         activities: list[str] = []
         for _ in range(2):  # the first trace of a process starts the tracer and may miss what comes first
             self.synchronize()
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
                 function()
                 self.synchronize()
             with tempfile.TemporaryDirectory() as folder:

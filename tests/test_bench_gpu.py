@@ -78,6 +78,13 @@ def test_every_bar_has_one_row(every_row: dict[str, list[gpu_rows.Row]]) -> None
         else:
             held = {">=": found["value"] >= bar.bound, "<=": found["value"] <= bar.bound}[bar.operator]
             assert found["holds"] == held
+    extras = [own for stage in STAGES for own in gpu.announced(stage) if isinstance(own, gpu_rows.Extra)]
+    assert len(extras) == 11
+    for extra in extras:
+        found = rows[extra.name]
+        assert found["bar"] is found["holds"] is None and found["unit"] == extra.unit and found["note"]
+        only_there = extra.name.startswith(("launches", "peak memory")) or (not HAS_MONAI and "MONAI" in extra.name)
+        assert (found["value"] is None) == only_there
 
 
 def test_ratios_are_those_of_their_times(every_row: dict[str, list[gpu_rows.Row]]) -> None:
@@ -284,7 +291,7 @@ def test_command_writes_file_and_table(tmp_path: Path, tools: None, capsys: pyte
     assert results["machine"]["torch"] == torch.__version__ and results["quick"] is False
     rows = {found["name"]: found for found in results["rows"]}
     assert next(iter(rows)) == "GPU tests"
-    assert {bar.name for stage in plan.budget for bar in gpu.bars_of(stage)} <= set(rows)
+    assert {bar.name for stage in plan.budget for bar in gpu.announced(stage)} <= set(rows)
     assert rows["graph replays on new input unlike eager, ids given"]["value"] == 0
     assert rows["host time of a step, ids given"]["value"] > 0
     cut = rows["forward, share of the copy bandwidth"]
@@ -301,7 +308,7 @@ def test_what_there_is_is_saved_after_each_stage(tools: None) -> None:
     plan = gpu.Plan(TINY, {"passes": -100, "tests": 5, "memcheck": 5}, "cpu", skipped=("memcheck",))
     saved: list[dict[str, Any]] = []
     assert gpu.measure(plan, saved.append) is saved[-1] and len(saved) == 3
-    names = [bar.name for stage in ("tests", "memcheck", "passes") for bar in gpu.bars_of(stage)]
+    names = [bar.name for stage in ("tests", "memcheck", "passes") for bar in gpu.announced(stage)]
     assert all([found["name"] for found in results["rows"]] == names for results in saved)
     notes = [[found["note"] for found in results["rows"][:2]] for results in saved]
     late = "the run did not get that far"
@@ -311,7 +318,7 @@ def test_what_there_is_is_saved_after_each_stage(tools: None) -> None:
 def test_a_process_that_ends_early_says_so() -> None:
     shown: list[gpu_rows.Row] = []
     rows = gpu.rows_from_child("passes", gpu.Plan(TINY, clock="sundial"), 60, shown.append)
-    assert shown == rows and [found["name"] for found in rows] == [bar.name for bar in gpu.bars_of("passes")]
+    assert shown == rows and [found["name"] for found in rows] == [bar.name for bar in gpu.announced("passes")]
     assert all(found["note"] == "the process of the stage of passes ended with status 1" for found in rows)
 
 
