@@ -15,7 +15,8 @@ from .kernels.zones import MOST_DISTANCE
 def connected_components(mask: Tensor, connectivity: int = 26) -> tuple[Tensor, Tensor]:
     """Label the connected components of every sample and channel, each alone, 1..N in raster order.
 
-    The numbering is that of ``scipy.ndimage.label``. A mask without foreground has no component.
+    The numbering is that of ``scipy.ndimage.label``. A mask without foreground has no component. For a class map, pass
+    its classes as channels, ``torch.nn.functional.one_hot(...).movedim(-1, 1)``; the losses take it as it is.
 
     Args:
         mask: ``[B, C, *spatial]`` bool, integer or floating point 0 and 1; one to three spatial axes.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The Triton kernels with the oldest, a middle and the newest Triton that is to work: interpreted, and compiled for chips
-# that are not there. Run from anywhere, in an environment with the `test` extra; takes some half an hour.
-#     tests/triton_versions.sh [VERSION ...]      default: 3.3.1 3.7.1 and the newest
+# The Triton kernels with the oldest, two middle and the newest Triton that is to work: interpreted, and compiled for chips
+# that are not there. Run from anywhere, in an environment with the `test` extra; takes about an hour.
+#     tests/triton_versions.sh [VERSION ...]      default: 3.3.1 3.6.0 3.7.1 and the newest
 set -euo pipefail
 exec < /dev/null
 
@@ -9,13 +9,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scratch="$(mktemp -d)"
 trap 'status=$?; rm -rf "$scratch"; [ "$status" -eq 0 ] || echo "FAILED with status $status"' EXIT
 versions=("$@")
-[ "${#versions[@]}" -gt 0 ] || versions=(3.3.1 3.7.1 "")
+[ "${#versions[@]}" -gt 0 ] || versions=(3.3.1 3.6.0 3.7.1 "")
 
 for version in "${versions[@]}"; do
     printf '\n=== Triton %s\n' "${version:-newest}"
-    # Ahead of what is installed. Triton 3.3's interpreter needs a NumPy that still converts arrays of one element.
+    # Ahead of what is installed. Before 3.7, Triton's interpreter needs a NumPy that still converts arrays of one element.
     numpy="numpy"
-    [ "${version#3.3}" = "$version" ] || numpy="numpy<2.4"
+    [[ ! "$version" =~ ^3\.[0-6](\.|$) ]] || numpy="numpy<2.4"
     pip install --quiet --no-deps --target "$scratch/$version" "triton${version:+==$version}" "$numpy"
     export PYTHONPATH="$scratch/$version${PYTHONPATH:+:$PYTHONPATH}"
     export TRITON_CACHE_DIR="$scratch/cache/$version"

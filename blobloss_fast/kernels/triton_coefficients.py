@@ -24,8 +24,8 @@ class Coefficients(NamedTuple):
 
     First what a masked voxel of the others adds to every stat; then the rows: their head, and the coefficients of the
     positive and of the negative side above, and below. The forward kernel brings them to the device, over the bus, so
-    that there is nothing on the device to be made, kept, or waited for. They are never given up: a captured graph reads
-    them whenever it is replayed.
+    that there is nothing on the device to be made, kept, or waited for. They are never given up, a few
+    hundred bytes for every criterion that was ever used: a captured graph reads them whenever it is replayed.
     """
 
     numbers: Tensor
