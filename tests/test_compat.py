@@ -117,8 +117,19 @@ def test_fast_with_a_second_sigmoid(text, calls):
     assert calls.passes == 2
 
 
+def _has_gradient_with_integers() -> bool:
+    numbers = torch.zeros(1, requires_grad=True)
+    try:
+        torch.nn.functional.mse_loss(numbers, torch.zeros(1, dtype=torch.int32)).backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("text", params(LOOP))
 def test_loop(text, calls):
+    if text == "torch.nn.MSELoss()" and not _has_gradient_with_integers():
+        pytest.skip("the authors' code takes the squared error to integers, whose gradient this PyTorch lacks")
     name = "l1_loss" if "l1_loss" in text else text.partition("(")[0].rpartition(".")[2]
     criterion = build(text)
     outputs, ids = scene(SHAPES[0], extreme=True)

@@ -41,6 +41,11 @@ def operator_options(reduction="mean", activation="sigmoid", channel0="class", m
     return (1.0, 2.0, "|".join((activation, masking, channel0, reduction, rows, rows, "")))
 
 
+# PyTorch 2.14's opcheck reads the gradient of a tensor that has none, and warns of it.
+opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@opcheck_warns
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
 def test_opcheck_segment_stats(activation):
     logits, ids = volume(2)
@@ -52,6 +57,7 @@ def test_opcheck_segment_stats(activation):
     torch.library.opcheck(torch.ops.blobloss_fast.segment_stats_backward.default, backward)
 
 
+@opcheck_warns
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum", "terms", "instances"])
 @pytest.mark.parametrize("with_target", [False, True])
 def test_opcheck_blob_loss(reduction, with_target):
@@ -212,20 +218,30 @@ def test_autocast_behind_a_convolution():
 class _Losses(Dataset):
     """A data set whose items are losses: what hard-example mining in a worker does."""
 
+    def __init__(self, with_gradient):
+        self.with_gradient = with_gradient
+
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
         logits, ids = volume(seed=index)
-        mask_loss = BlobLoss()(logits, (ids > 2))
-        value, grad = loss_and_grad(BlobLoss(), logits, instances=ids)
-        return value, grad, mask_loss
+        losses = BlobLoss()(logits, (ids > 2)), BlobLoss()(logits, instances=ids)
+        return (*losses, *(loss_and_grad(BlobLoss(), logits, instances=ids) if self.with_gradient else ()))
 
 
-def test_dataloader_worker_after_fork():
-    expected = [_Losses()[i] for i in range(4)]  # PyTorch's thread pool is warm when the workers are forked
-    loader = DataLoader(_Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
-    for got, item in zip(loader, expected, strict=True):
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_dataloader_worker_after_fork(with_gradient):
+    losses = _Losses(with_gradient)
+    expected = [losses[i] for i in range(4)]  # PyTorch's thread pool is warm when the workers are forked
+    loader = DataLoader(losses, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    try:
+        found = list(loader)
+    except RuntimeError as error:
+        if "autograd's threading" not in str(error):
+            raise
+        pytest.skip("this build of PyTorch runs no backward pass in a forked child")
+    for got, item in zip(found, expected, strict=True):
         for a, b in zip(got, item, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
