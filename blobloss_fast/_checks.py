@@ -24,7 +24,7 @@ _WIDER = {
 
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Require one of a few names or whole numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | Integral) or value not in allowed:
+    if isinstance(value, bool) or not isinstance(value, (str, Integral)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
@@ -152,7 +152,7 @@ def connectivity(value: Any, axes: int) -> None:
 
 def spacing(value: Any, axes: int | None = None) -> list[float]:
     """Require one positive finite number per spatial axis, where the number of axes is known."""
-    if isinstance(value, str | Real) or not isinstance(value, Iterable):
+    if isinstance(value, (str, Real)) or not isinstance(value, Iterable):
         wanted = "numbers" if axes is None else f"{axes} numbers"
         raise TypeError(f"spacing must be a sequence of {wanted}, one per spatial axis; got {value!r}")
     numbers = [number("spacing", one) for one in value]

@@ -30,7 +30,7 @@ def compute(
     if not (options.bidirectional and weights[1] > 0):
         return _run(options, logits, labels, reduction, weights)[0]
     halves = weights[0], 0.5 * weights[1]
-    uniform = options._replace(instance_weight="uniform")
+    uniform = options.but(instance_weight="uniform")
     found = predicted_zones(logits, labels, options)
     return torch.add(
         _run(options, logits, labels, reduction, halves)[0],
@@ -101,7 +101,7 @@ def _run(
 ) -> tuple[Tensor, Partition, Tensor]:
     """Run the loss operator; return the reduced loss, the labels as they were at last, and the voxel counts."""
     main = options.main_criterion or options.criterion
-    empty = empty or options.empty_criterion
+    empty = empty or options.empty_criterion()
     wants_blob = reduction == "instances" or weights[1] > 0
     rows = (
         main.text if reduction != "instances" and weights[0] > 0 else "",
@@ -118,10 +118,12 @@ def _run(
         if options.instance_weight != "uniform" and wants_blob and reduction != "instances":
             with torch.no_grad():
                 nothing, counts, _ = _ops.blob_loss(
-                    logits, *labels[:2], None, labels.max_instances, 0.0, 0.0, text("", "", "")
+                    logits, labels.instances, labels.target, None, labels.max_instances, 0.0, 0.0, text("", "", "")
                 )
                 sizes = _instance_weights(options, counts, labels, nothing.dtype)
-        loss, counts, _ = _ops.run_blob_loss(logits, *labels[:2], sizes, labels.max_instances, *weights, text(*rows))
+        loss, counts, _ = _ops.run_blob_loss(
+            logits, labels.instances, labels.target, sizes, labels.max_instances, *weights, text(*rows)
+        )
     except IdTooLargeError:
         if not labels.is_guess:
             raise

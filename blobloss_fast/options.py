@@ -71,7 +71,7 @@ class Options(NamedTuple):
             spacing = tuple(spacing)  # an array has no simple comparison
         _checks.flag("bidirectional", self.bidirectional)
         common_gamma(self.criterion, self.main_criterion or self.criterion)
-        return self._replace(
+        return self.but(
             main_weight=main_weight,
             blob_weight=blob_weight,
             connectivity=int(self.connectivity),
@@ -79,6 +79,10 @@ class Options(NamedTuple):
             max_instances=max_instances,
             spacing=spacing,
         )
+
+    def but(self, **changes: Any) -> Options:
+        """Return the options with some changes: what _replace does, which PyTorch 2.7 cannot trace."""
+        return Options(**{**{name: getattr(self, name) for name in _FIELDS}, **changes})
 
     @classmethod
     def named(cls, options: Mapping[str, Any]) -> Options:
@@ -88,11 +92,11 @@ class Options(NamedTuple):
             raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(BLOB_OPTIONS)}")
         return cls(**options).checked()
 
-    @property
     def empty_criterion(self) -> Criterion | None:
         """What stands for the instances of a sample that has none; None: what the loss says by itself."""
         return None if self.empty_sample is None else lesion_free(self.empty_sample)
 
 
-BLOB_OPTIONS = tuple(name for name in Options._fields if name not in ("in_zones", "spacing", "bidirectional"))
-CC_OPTIONS = tuple(name for name in Options._fields if name not in ("masking", "in_zones"))
+_FIELDS = Options._fields
+BLOB_OPTIONS = tuple(name for name in _FIELDS if name not in ("in_zones", "spacing", "bidirectional"))
+CC_OPTIONS = tuple(name for name in _FIELDS if name not in ("masking", "in_zones"))

@@ -7,7 +7,7 @@ module brings every accepted form of labels (binary target, class map, one-hot, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,16 +37,20 @@ class Partition(NamedTuple):
     original_ids: Tensor | None
     is_guess: bool
 
+    def but(self, **changes: Any) -> Partition:
+        """Return the partition with some changes: what _replace does, which PyTorch 2.7 cannot trace."""
+        return Partition(**{**{name: getattr(self, name) for name in _FIELDS}, **changes})
+
     def with_largest_id(self) -> Partition:
         """Return the partition with the capacity that its ids need, which reads them all."""
         instances, largest, original_ids = _largest_id(self.instances, self.instances[0, 0].numel())
-        return self._replace(instances=instances, max_instances=largest, original_ids=original_ids, is_guess=False)
+        return self.but(instances=instances, max_instances=largest, original_ids=original_ids, is_guess=False)
 
     def with_capacity(self, max_instances: int | None, guess: int | None) -> Partition:
         """Return the partition with this capacity; without any, with what its ids need."""
         if max_instances is not None:
-            return self._replace(max_instances=max_instances)
-        return self.with_largest_id() if guess is None else self._replace(max_instances=guess, is_guess=True)
+            return self.but(max_instances=max_instances)
+        return self.with_largest_id() if guess is None else self.but(max_instances=guess, is_guess=True)
 
     def in_zones(self, zones: Tensor | None, spacing: Sequence[float] | None) -> Partition:
         """Return the partition into the zones of the instances, with a target that says where these are.
@@ -57,11 +61,14 @@ class Partition(NamedTuple):
         target = self.instances > 0 if self.target is None else self.target
         if zones is None:
             zones = _nearest_instance(self.instances, self.channel0, spacing)
-            return self._replace(instances=zones, target=target, max_instances=max(self.max_instances, 1))
+            return self.but(instances=zones, target=target, max_instances=max(self.max_instances, 1))
         _checks.tensor("zones", zones)
         _checks.matching("zones", zones, self.instances, (self.instances.shape[1],))
         zones = _signed(_checks.integers("zones", zones))
-        return self._replace(instances=torch.where(self.instances < 0, -1, zones), target=target)
+        return self.but(instances=torch.where(self.instances < 0, -1, zones), target=target)
+
+
+_FIELDS = Partition._fields
 
 
 def partition(
@@ -130,7 +137,7 @@ def predicted_zones(logits: Tensor, labels: Partition, options: Options) -> Part
     components, counts = _ops.connected_components(predicted, options.connectivity)
     largest = int(counts.max()) if options.max_instances is None else options.max_instances
     zones = _nearest_instance(components, labels.channel0, options.spacing).masked_fill_(ignored, -1)
-    return labels._replace(instances=zones, max_instances=max(largest, 1), original_ids=None, is_guess=False)
+    return labels.but(instances=zones, max_instances=max(largest, 1), original_ids=None, is_guess=False)
 
 
 def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Tensor]:
