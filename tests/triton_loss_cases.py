@@ -6,6 +6,7 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
-from blobloss_fast import BlobLoss, CCLoss, _ops, compute, criteria
+from blobloss_fast import BlobLoss, CCLoss, _ops, compute, connected_components, criteria
 from blobloss_fast.kernels import reference, triton_components, triton_finish, triton_segment_stats, triton_zones
 
 from . import oracle_zones, scenes
@@ -21,7 +22,7 @@ from .blob_loss_checks import COMPOUND, CRITERIA, check, translated, value_and_g
 from .test_native_finish import spec_of
 from .tolerances import assert_fp64
 from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
-from .triton_launcher_cases import Operations, Quietly, RefuseSynchronisation
+from .triton_launcher_cases import Operations, Quietly, SeeInside
 
 # As in triton_interpreter_cases.py.
 pytestmark = [
@@ -135,37 +136,84 @@ def test_cc_loss_from_a_target_against_the_oracle(all_of_it, activation, options
         assert_fp64(ours[1], truth[1], scene.name)
 
 
-@pytest.mark.parametrize(
-    ("loss", "launched"),
-    [
-        (BlobLoss, 5 + 2),
-        (CCLoss, 5 + 3 + 2),
-        (lambda **options: CCLoss(bidirectional=True, **options), 2 * (5 + 3 + 2)),
-        (lambda **options: BlobLoss(instance_weight="inverse_size", **options), 5 + 2 + 2),
-    ],
-    ids=["blob", "cc", "bidirectional", "weighted"],
-)
-def test_a_loss_from_a_bare_mask_never_waits(all_of_it, monkeypatch, loss, launched):
-    """Labels five, zones one for each axis, the table two; backward one for each table with a loss."""
-    monkeypatch.setattr(compute, "_may_be_read", lambda tensor: False)  # as of a CUDA tensor
-    mask = scenes.scene(3, 1, "plain").instances > 0
-    logits = scenes.scene(3, 1, "plain").logits.requires_grad_()
+BICC = partial(CCLoss, bidirectional=True)
+# What PyTorch launches besides: it clears the list of tiles with foreground, and the table.
+CLEARS = ["zeros", "zeros"]
+IN_ZONES = [*CLEARS, "gt"]  # the target is where there are instances
+BOTH_WAYS = [*IN_ZONES, *CLEARS, *("lt", "gt", "bitwise_not", "bitwise_and", "masked_fill_"), "add"]
+IS_FINITE = ["eq", "abs", "ne", "mul"]
+WEIGHTS = ["zeros", "_to_copy", "reciprocal", "mul", *("gt", "scalar_tensor", "where")]
+WEIGHTS += ["ge", *IS_FINITE, "bitwise_and", "scalar_tensor", "where"]
+# The loss, how many of our kernels it launches forward and backward, and PyTorch's forward. Of ours, labels are five,
+# zones one for each axis, the table two; backward one for each table with a loss.
+STEPS = {
+    "blob": (BlobLoss, 5 + 2, 1, CLEARS),
+    "cc": (CCLoss, 5 + 3 + 2, 1, IN_ZONES),
+    "bidirectional": (BICC, 2 * (5 + 3 + 2), 2, BOTH_WAYS),
+    "weighted": (partial(BlobLoss, instance_weight="inverse_size"), 5 + 2 + 2, 1, [*CLEARS, *WEIGHTS]),
+    "weighted both ways": (
+        partial(BICC, instance_weight="inverse_size"), 2 * (5 + 3 + 2) + 2, 2, [*BOTH_WAYS, *WEIGHTS],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_loss_from_a_bare_mask_never_waits(all_of_it, monkeypatch, name, device):
+    """And launches nothing but this. On "meta" there is no data: whatever reads some is refused, `.cpu()` as well."""
+    if device == "cpu":
+        monkeypatch.setattr(compute, "_may_be_read", lambda tensor: False)  # as of a CUDA tensor
+    loss, launched, backward, others = STEPS[name]
+    scene = scenes.scene(3, 1, "plain")
+    mask, logits = (scene.instances > 0).to(device), scene.logits.to(device).requires_grad_()
     module = loss(max_instances=12)
-    module(logits, mask).backward()  # makes the flag of the device
+    with SeeInside():
+        module(logits, mask).backward()  # makes the flag of the device, and coefficients
+    logits.grad = None
     all_of_it.clear()
-    with RefuseSynchronisation():
+    with Operations() as mode:
         value = module(logits, mask)
+    assert value.device.type == device
     assert len(all_of_it) == launched
-    with RefuseSynchronisation():
+    assert sorted(mode.take_kernels()) == sorted(others)
+    with mode:
         value.backward()
-    assert len(all_of_it) == launched + (2 if launched == 20 else 1)
+    assert len(all_of_it) == launched + backward
+    assert mode.take_kernels() == ["ones_like", *["add"] * (backward - 1)]
+    assert logits.grad.shape == logits.shape
+
+
+def assert_loud(loss, logits, mask) -> None:
+    """A NaN loss and gradient, and an error at the next call; then all is well again where there is room."""
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, mask)
+    value.backward()
+    assert torch.isnan(value)
+    assert logits.grad.isnan().any()
+    loss.max_instances = 9
+    with pytest.raises(RuntimeError, match="max_instances"):
+        loss(logits, mask)
+    assert torch.isfinite(loss(logits, mask))
 
 
 def test_more_instances_than_there_is_room_for_are_loud(all_of_it):
     scene = scenes.scene(3, 1, "plain")
     mask = scene.instances > 0
-    for loss in (BlobLoss(max_instances=1), CCLoss(max_instances=1)):
-        assert torch.isnan(loss(scene.logits, mask))
-        with pytest.raises(RuntimeError, match="max_instances"):
-            loss(scene.logits, mask)
-        assert torch.isfinite(type(loss)(max_instances=9)(scene.logits, mask))
+    for loss in (BlobLoss, CCLoss):
+        assert_loud(loss(max_instances=1), scene.logits, mask)
+    with pytest.raises(RuntimeError, match="max_instances"):  # here its first half is over when the second begins
+        BICC(max_instances=1)(scene.logits, mask)
+    assert torch.isfinite(BICC(max_instances=9)(scene.logits, mask))
+
+
+def test_more_predicted_components_than_there_is_room_for_are_as_loud(all_of_it):
+    """One instance, five components: only a loss that looks at these can be short of room."""
+    mask, logits = torch.zeros(1, 1, 9, 10), torch.full((1, 1, 9, 10), -4.0, dtype=torch.float64)
+    mask[..., 2:4, 2:4] = 1
+    logits[..., ::2, 1] = 4.0
+    assert connected_components(logits > 0)[1].item() == 5
+    assert torch.isfinite(CCLoss(max_instances=1)(logits, mask))
+    for room in (1, 4):
+        assert_loud(BICC(max_instances=room), logits, mask)
+    truth = oracle_zones.cc_loss(logits, mask, criterion=CRITERIA["dice"], bidirectional=True)
+    assert_fp64(BICC(max_instances=5)(logits, mask), truth, "five components")

@@ -6,6 +6,7 @@ Run by test_triton_interpreter.py in a process of its own, or by hand:
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -91,6 +92,22 @@ BATCHES = (
     ((6, 7, 1), [1, 2, 3]),
     ((1, 1, 9), [1, 2, 3]),
     ((1, 1, 1), [1, 2, 3]),
+    ((2,), [5]),
+    ((32,), [1]),
+    ((129,), [1]),
+    ((2, 2), [1, 1]),
+    ((6, 6), [1, 1]),
+    ((16, 2), [1, 3]),
+    ((17, 2), [1, 1]),
+    ((2, 33), [100, 1]),
+    ((3, 64), [1, 1]),
+    ((2, 2, 2), [1, 1, 1]),
+    ((5, 5, 5), [1, 1, 1]),
+    ((4, 4, 4), [4, 4, 9]),
+    ((2, 5, 8), [225, 49, 49]),
+    ((8, 2, 5), [1, 100, 100]),
+    ((3, 3, 9), [FAR_APART, 1, 1]),
+    ((2, 3, 3), [FAR_APART, 2 * FAR_APART, 3 * FAR_APART]),
 )
 
 
@@ -101,7 +118,9 @@ def test_every_kind_of_volume(shape, weights):
 
 
 def test_there_are_enough_volumes():
-    assert 12 * len(BATCHES) >= 300
+    """Of more than one voxel: as many as the other backends are compared in."""
+    assert len(set(map(repr, BATCHES))) == len(BATCHES)
+    assert 12 * sum(math.prod(shape) > 1 for shape, _ in BATCHES) >= 500
 
 
 @pytest.mark.usefixtures("fast_scans")
