@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from blobloss_fast import criteria
+from blobloss_fast.kernels import finish, native
+from blobloss_fast.kernels.layout import ZONES
+
+from .test_native_finish import spec_of
 from .test_segment_stats import backend  # noqa: F401  a fixture
 
 FEATURES = ("prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg")
@@ -86,3 +94,124 @@ def test_a_whole_volume_of_one_such_logit(backend, value):  # noqa: F811
     _, truth = expected(logits, ids, 1)
     for actual, exact in zip(sums.flatten().tolist(), truth[0, [0, 2, 3]].tolist(), strict=True):
         assert (math.isnan(actual) and math.isnan(exact)) or math.isclose(actual, exact, rel_tol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- more voxels than int32 counts
+
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_native_table_adds_what_2_31_voxels_of_1e4_would_give(dtype):
+    """To the last bit: 2^24 voxels of 128 times as much, in many slabs, beside a lone millionth.
+
+    Above a block of 512 voxels all sums are in float64, which holds the multiples of `each` exactly up to 2^53. Any
+    other 2^22 blocks are off by 2^22 times 2^-53 at most, 5e-10. What is added up in float32 would be rounded: the
+    number of blocks is odd, and their sums have more than ten bits.
+    """
+    voxels, each = 2**24 - 512 * 3 - 77, 128 * 9999
+    logits, ids = torch.full((1, 1, voxels), -each, dtype=dtype), torch.zeros(1, 1, voxels, dtype=torch.int8)
+    logits[..., -1], ids[..., -1] = math.log(1e6 - 1), 1
+    arguments = (None, 2, ("prob", "nll_pos"), "sigmoid", 2.0, "class")
+    counts, sums = native.segment_stats_forward(logits, ids, *arguments)
+    assert counts.tolist() == [[[voxels - 1, 1]]]
+    total = (voxels - 1) * each
+    assert total > 0.99 * 2**31 * 9999
+    assert sums[0, 0, 0, 1].item() == torch.tensor(total, dtype=torch.float64).to(dtype).item()
+    assert sums[0, 0, 1, 1].item() == pytest.approx(1e-6, rel=1e-6)
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="pages that nobody has written must not take memory")
+def test_the_native_table_counts_more_voxels_than_int32():
+    """They are really there, but for their memory: zeros of which only the last ones are written."""
+    voxels = 2**31 + 12_345
+    try:
+        logits = torch.from_numpy(np.zeros(voxels, np.int16)).view(torch.bfloat16).view(1, 1, voxels)
+        ids = torch.from_numpy(np.zeros(voxels, np.int8)).view(1, 1, voxels)
+    except MemoryError:
+        pytest.skip("no address space for 6 GB")
+    logits[..., -3:], ids[..., -3:] = 16.0, 1
+    counts, sums = native.segment_stats_forward(logits, ids, None, 2, ("prob", "nll_pos"), "sigmoid", 2.0, "class")
+    assert counts.tolist() == [[[voxels - 3, 3]]]
+    truth = [0.5 * (voxels - 3), math.log(2) * (voxels - 3), 3 / (1 + math.exp(-16)), 3 * math.log1p(math.exp(-16))]
+    assert sums.flatten().tolist() == pytest.approx(truth, rel=1e-6, abs=0)
+
+
+# The finish. Cells have (count, prob, nll_pos, nll_neg): a background and a giant of 2^31 voxels each, a blob of one
+# voxel, and one that is spoiled.
+MANY = 2**31 + 5
+RIGHT, WRONG = (MANY, 1e-20 * MANY, 46.0 * MANY, 1e-20 * MANY), (MANY, 1.0 * MANY, 0.0, 1e4 * MANY)
+GIANT, LONE, EMPTY = (MANY, 1e-20 * MANY, 1e4 * MANY, 1e-20 * MANY), (1, 1 - 1e-6, 1e-6, 13.8), (0, 0.0, 0.0, 0.0)
+SPOILED = {
+    "nothing": (1, 0.25, 1.4, 0.3), "infinity": (1, 0.0, math.inf, 0.0), "nan": (1, math.nan, math.nan, math.nan)
+}  # fmt: skip
+IN_ZONES = (EMPTY, EMPTY, WRONG, GIANT, (3, 3e-20, 138.0, 3e-20), LONE, RIGHT)  # cells are 2 * zone + bit
+
+
+def literal(cells: np.ndarray, criterion: str, pos: list[int], neg: list[int]) -> tuple[np.longdouble, np.ndarray]:
+    """The criterion on the cells of a domain, and its derivatives with respect to their sums, in long double."""
+    slopes = np.zeros((len(cells), 3), np.longdouble)
+    voxels, inside = cells[pos + neg, 0].sum(), cells[pos, 0].sum()
+    if criterion == "bce":
+        slopes[pos, 1] = slopes[neg, 2] = 1 / voxels
+        return (cells[pos, 2].sum() + cells[neg, 3].sum()) / voxels, slopes
+    above = 2 * cells[pos, 1].sum() + np.longdouble(1e-5)
+    below = cells[pos + neg, 1].sum() + inside + np.longdouble(1e-5)
+    slopes[pos, 0] = (above - 2 * below) / below**2
+    slopes[neg, 0] = above / below**2
+    return 1 - above / below, slopes
+
+
+def sides(masking: str) -> tuple[list[tuple[list[int], list[int]]], tuple[list[int], list[int]]]:
+    """Positive and negative cells of each of three instances, and of the main term."""
+    if masking == ZONES:
+        return [([3], [2]), ([5], [4]), ([7], [6])], ([1, 3, 5, 7], [0, 2, 4, 6])
+    blobs = (1, 2, 3)
+    others = {k: [j for j in blobs if j != k and masking == "none"] for k in blobs}
+    return [([k], [0, *others[k]]) for k in blobs], ([*blobs], [0])
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize("background", [RIGHT, WRONG], ids=["right", "wrong"])
+@pytest.mark.parametrize("masking", ["exclude", "none", ZONES])
+@pytest.mark.parametrize("criterion", ["bce", "dice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("module", [finish, pytest.param(native, marks=needs_native)], ids=["reference", "native"])
+def test_the_finish_of_2_31_voxels(module: ModuleType, dtype, criterion, masking, background, spoiled):
+    """A millionth is neither lost beside 2e13 nor is anything spoiled but what reads the spoiled cell."""
+    has_target = masking == ZONES
+    table = [*IN_ZONES, SPOILED[spoiled]] if has_target else [background, GIANT, LONE, SPOILED[spoiled]]
+    counts = torch.tensor([[[int(cell[0]) for cell in table]]])
+    sums = torch.tensor([[[cell[1:] for cell in table]]], dtype=dtype)
+    cells = np.concatenate([counts[0, 0, :, None].numpy(), sums[0, 0].double().numpy()], 1).astype(np.longdouble)
+    instances, whole = sides(masking)
+    form = getattr(criteria, criterion)()
+    features = ("prob", "nll_pos", "nll_neg")
+
+    def check(actual: Tensor, truth: list, what: str, absolute: float = 0.0) -> None:
+        relative = 1e-12 if dtype == torch.float64 else 1e-6
+        for number, exact in zip(actual.flatten().tolist(), truth, strict=True):
+            same = math.isnan(number) and np.isnan(exact)
+            assert same or math.isclose(number, exact, rel_tol=relative, abs_tol=absolute), f"{what}: {number}, {exact}"
+
+    with np.errstate(invalid="ignore"):
+        parts = [literal(cells, criterion, *domain) for domain in instances]
+        main = literal(cells, criterion, *whole)
+        weights = (0.5, 0.75, 1.0)
+        of_instances = sum(weight * part[1] for weight, part in zip(weights, parts, strict=True))
+        mean = np.longdouble(0.7) * main[0] + np.longdouble(1.3) * sum(part[0] for part in parts) / 3
+        of_mean = np.longdouble(0.7) * main[1] + np.longdouble(1.3) * sum(part[1] for part in parts) / 3
+    rounding = 4 * torch.finfo(dtype).eps if criterion == "dice" else 0.0  # of 1 - ratio
+    spec = spec_of(0.0 * form, form, "instances", masking)  # as it is asked for
+    value, saved = module.finish(counts, sums, features, has_target, spec)
+    check(value, [part[0] for part in parts], "losses of instances", rounding)
+    grad = torch.tensor([[weights]], dtype=dtype)
+    gradient = module.finish_backward(grad, counts, saved, features, has_target, spec)
+    check(gradient, list(of_instances.flatten()), "their gradient")
+    spec = spec_of(form, form, "mean", masking)
+    value, saved = module.finish(counts, sums, features, has_target, spec)
+    check(value, [mean], "loss", rounding)
+    gradient = module.finish_backward(torch.ones((), dtype=dtype), counts, saved, features, has_target, spec)
+    check(gradient, list(of_mean.flatten()), "its gradient")
