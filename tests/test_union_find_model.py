@@ -3,7 +3,8 @@
 The interpreter runs one program after the other, so it cannot show what races do. Here a lane is a generator that
 yields each access and is sent its result; a schedule says whose access comes next. Tiny cases run in every order there
 is, larger ones in many random orders, also with loads that return what a slot held before. The steps are the kernels',
-line by line and under the same names. To show that the search would notice, it also runs kernels that are wrong.
+line by line and under the same names: test_union_find_quotes.py holds them to that. To show that the search would
+notice, it also runs kernels that are wrong.
 """
 
 from __future__ import annotations
