@@ -58,8 +58,8 @@ python_tests() {
   local preload="" name
   for name in asan ubsan stdc++; do preload+=" $($CXX -print-file-name="lib$name.so")"; done
   build "address,$UNDEFINED" && ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" \
-    python -m pytest -q -p no:cacheprovider -m "not slow" -k "native and not compile" tests/test_native*.py \
-    tests/test_segment_stats.py tests/test_nearest_instance.py tests/test_connected_components.py \
+    python -m pytest -q -p no:cacheprovider -m "not slow" -k "(native or test_connected_components) and not compile" \
+    tests/test_native*.py tests/test_segment_stats.py tests/test_nearest_instance.py tests/test_connected_components.py \
     --deselect=tests/test_native_memory.py --deselect=tests/test_native_finish.py::test_no_memory_is_an_error
 }
 
