@@ -38,10 +38,10 @@ def test_registers_leave_room_for_enough_programs(compiled):
     """Of 65,536 registers a multiprocessor has; a program of four warps has 4 KiB of logits and ids under way, and 18
     KiB cover the latency of an H100's memory. Triton 3.7.1 takes up to 83 and 120 in the forward pass, 3.8.0 76 and
     111."""
-    for row in compiled:
+    for row in [row for row in compiled if "fp64" not in row["case"]]:
         if "dice fp32" in row["case"] and row["pass"] == "fwd":
             assert row["registers"] <= (96 if VERSION < (3, 8) else 80), label(row)  # five programs, six
-        if "dice+bce" in row["case"] and "fp64" not in row["case"] and row["pass"] == "fwd":
+        if "dice+bce" in row["case"] and row["pass"] == "fwd":
             assert row["registers"] <= (128 if VERSION < (3, 8) else 112), label(row)  # four
         if row["pass"] == "bwd" and row["case"].startswith("sigmoid dice"):
             assert row["registers"] <= 48, label(row)
