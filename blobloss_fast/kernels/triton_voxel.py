@@ -282,9 +282,10 @@ def softmax_parts(logits_ptr, stride_c, lanes, remaining, num_channels, TAIL: tl
         x = load_real(logits_ptr, lanes, remaining, TAIL)
         wins = x > largest  # False for NaN, which then joins the others and poisons their total
         loser = tl.where(wins, largest, x)
-        top = tl.where(loser > second, loser, second)
-        total = total * exp(difference(second, top)) + exp(difference(loser, top))
-        second = top
+        smaller = exp(-tl.abs(difference(loser, second)))  # NaN joins as well
+        leads = loser > second
+        total = tl.where(leads, total * smaller + 1.0, total + smaller)
+        second = tl.where(leads, loser, second)
         largest = tl.where(wins, x, largest)
         winner = tl.where(wins, channel, winner)
     log_rest = second + tl.log(total)
