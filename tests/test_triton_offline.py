@@ -23,7 +23,7 @@ def label(row: dict) -> str:
 def test_everything_was_compiled(compiled):
     assert {row["sm"] for row in compiled} == {80, 90, 100}
     assert {row["pass"] for row in compiled} == {"fwd", "bwd", "finish", "read"}
-    assert len(compiled) == len({label(row) for row in compiled}) == 3 * (2 * 10 + 7 + 2) + 2 * 7 + 3
+    assert len(compiled) == len({label(row) for row in compiled}) == 3 * (2 * 12 + 7 + 2) + 2 * 7 + 3
 
 
 def test_no_spills(compiled):
@@ -36,13 +36,17 @@ def test_no_spills(compiled):
 
 def test_registers_leave_room_for_enough_programs(compiled):
     """Of 65,536 registers a multiprocessor has; a program of four warps has 4 KiB of logits and ids under way, and 18
-    KiB cover the latency of an H100's memory. Triton 3.7.1 takes up to 83 and 120 in the forward pass, 3.8.0 76 and
-    111."""
+    KiB cover the latency of an H100's memory. A pair has 6 KiB; a softmax over more than two channels has no block
+    under way while it computes, and it is arithmetic that bounds it. Triton 3.7.1 takes up to 83 and 120 in the forward
+    pass, 147 with a softmax, 3.8.0 76 and 111. Triton 3.3.1 takes 130 for a pair."""
     for row in [row for row in compiled if "fp64" not in row["case"]]:
         if "dice fp32" in row["case"] and row["pass"] == "fwd":
             assert row["registers"] <= (96 if VERSION < (3, 8) else 80), label(row)  # five programs, six
         if "dice+bce" in row["case"] and row["pass"] == "fwd":
-            assert row["registers"] <= (128 if VERSION < (3, 8) else 112), label(row)  # four
+            if row["case"].startswith(("softmax", "pair")):
+                assert row["registers"] <= (168 if VERSION < (3, 8) else 128), label(row)  # three, four
+            else:
+                assert row["registers"] <= (128 if VERSION < (3, 8) else 112), label(row)  # four
         if row["pass"] == "bwd" and row["case"].startswith("sigmoid dice"):
             assert row["registers"] <= 48, label(row)
 
@@ -56,17 +60,20 @@ def of_volumes(compiled: list[dict], dtype: str, *, odd: bool = False) -> list[d
 
 
 def test_volumes_are_read_16_bytes_at_a_time(compiled):
-    """Logits and ids in a full block and in the tail: four such loads, and four of the first block where the next is
-    under way, more where a softmax sweeps twice or thrice. In the forward pass crowded blocks are read otherwise."""
+    """Logits and ids in a full block and in the tail: four such loads, six of a pair, and as many of the first block
+    where the next is under way; more where a softmax sweeps twice or thrice. In the forward pass crowded blocks are
+    read otherwise."""
     for row in of_volumes(compiled, "fp32"):
         sweeps = 2 if row["pass"] == "fwd" and not row["case"].startswith("softmax") else 1
-        assert row["ldg128"] >= 4 * sweeps, label(row)
+        volumes = 3 if row["case"].startswith("pair") else 2
+        assert row["ldg128"] >= 2 * volumes * sweeps, label(row)
 
 
 def test_gradients_are_written_16_bytes_at_a_time(compiled):
     for row in of_volumes(compiled, "fp32"):
         if row["pass"] == "bwd":
-            assert row["stg"] == row["stg128"] == 2, label(row)
+            volumes = 2 if row["case"].startswith("pair") else 1
+            assert row["stg"] == row["stg128"] == 2 * volumes, label(row)
 
 
 def test_full_blocks_of_an_odd_volume_are_read_and_written_16_bytes_at_a_time(compiled):
@@ -97,6 +104,14 @@ def test_the_exponential_is_not_left_to_the_compiler(compiled):
             assert 0 < row["ex2"] <= row["floor"], label(row)
 
 
+def test_a_pair_takes_no_more_exponentials_than_a_sigmoid(compiled):
+    """A softmax of two channels has one of a voxel, though it has two logits."""
+    found = {(row["pass"], row["case"]): row["ex2"] for row in compiled if row["sm"] == 90}
+    for name in ("fwd", "bwd"):
+        pair, sigmoid = found[name, "pair dice+bce fp32, channel 0 unused"], found[name, "sigmoid dice+bce fp32 target"]
+        assert pair == sigmoid, name
+
+
 def test_shared_memory_limits_nothing(compiled):
     for row in compiled:
         assert row["shared"] <= 16 * 1024, label(row)
@@ -109,7 +124,7 @@ def test_half_precision_gradients_are_rounded_to_nearest(compiled):
             assert (row["cvt_rn"] > 0) == (row["pass"] == "bwd"), label(row)
 
 
-@pytest.mark.parametrize(("script", "count"), [("", 18), ("_labels", 15 + 4), ("_zones", 15)])
+@pytest.mark.parametrize(("script", "count"), [("", 20), ("_labels", 15 + 4), ("_zones", 15)])
 def test_kernels_compile_for_an_amd_chip(tmp_path, script, count):
     """Nothing in them is CUDA's alone. Nothing has run on such a chip either."""
     if VERSION < (3, 7):

@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
     dtype: str  # of the logits
     features: tuple[str, ...]
-    activation: str = "sigmoid"
+    activation: str = "sigmoid"  # "pair": a softmax of two channels
     gamma: float = 0.0
     target: str | None = None  # its dtype
     meaning: str = "binary"  # of a target
@@ -40,6 +40,8 @@ CASES = {
     "sigmoid dice+bce bf16": Case("bf16", DICE_BCE),
     "softmax dice+bce fp32": Case("fp32", DICE_BCE, "softmax"),
     "softmax all features fp32 target": Case("fp32", FEATURES, "softmax", 2.0, "u8"),
+    "pair dice+bce fp32, channel 0 unused": Case("fp32", DICE_BCE, "pair", channel0="unused"),
+    "pair all features fp32 target": Case("fp32", FEATURES, "pair", 2.0, "u8"),
     "sigmoid all features fp32 target": Case("fp32", FEATURES, gamma=2.0, target="u8"),
     "none all features fp32": Case("fp32", FEATURES, "none", 2.0),
     "sigmoid all features fp64 target": Case("fp64", FEATURES, gamma=2.0, target="u8"),
@@ -155,7 +157,12 @@ def compile_finish(specialisation: str, chip: int | str):
 
 
 VOLUME = {"fwd": module.segment_stats_fwd_kernel, "bwd": module.segment_stats_bwd_kernel}
-ON_HIP = ("sigmoid dice fp32", "softmax dice+bce fp32", "sigmoid all features fp64 target")
+ON_HIP = (
+    "sigmoid dice fp32",
+    "softmax dice+bce fp32",
+    "pair dice+bce fp32, channel 0 unused",
+    "sigmoid all features fp64 target",
+)
 
 
 def rows(chips: tuple[int | str, ...]) -> list[dict]:

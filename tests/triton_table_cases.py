@@ -135,15 +135,15 @@ def test_more_voxels_than_the_integers_have_room_for():
 # --------------------------------------------------------------------------------------------- several blocks a program
 
 
-def blocks_scene(name: str) -> tuple[torch.Tensor, int]:
-    """ids of two channels of seven blocks and a tail, and num_cells."""
-    shape = (1, 2, 23, 13, 12)
+def blocks_scene(name: str, channels: int = 2) -> tuple[torch.Tensor, int]:
+    """ids of channels of seven blocks and a tail, and num_cells."""
+    shape = (1, channels, 23, 13, 12)
     if name == "a giant":
         ids = torch.ones(shape, dtype=torch.int32)
         ids[..., 0] = 0
         return ids, 2
     if name == "a few in every block":
-        return (torch.arange(2 * 3588, dtype=torch.int32).view(shape) // 100 % 9).clamp(min=1) - 1, 9
+        return (torch.arange(channels * 3588, dtype=torch.int32).view(shape) // 100 % 9).clamp(min=1) - 1, 9
     if name == "a crowd":
         return random_ids(shape, -1, 40), 40
     if name == "late":
@@ -164,6 +164,46 @@ def test_several_blocks_a_program(monkeypatch, name, dtype):
     compare(random_logits(ids.shape).to(dtype), ids, None, num_cells, features=features)
     target = random_ids(ids.shape, 0, 2)
     compare(random_logits(ids.shape).to(dtype), ids, target, 2 * num_cells, features=("prob",))
+
+
+@pytest.mark.parametrize("channel0", ["class", "unused"])
+@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize("name", ["a giant", "a few in every block", "a crowd", "late"])
+def test_several_blocks_of_a_softmax(monkeypatch, name, channels, channel0):
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 3)
+    ids, num_cells = blocks_scene(name, channels)
+    options = {"activation": "softmax", "channel0": channel0}
+    for dtype in (torch.float32, torch.float64):
+        logits = random_logits(ids.shape).to(dtype)
+        compare(logits, ids, None, num_cells, features=("prob", "nll_pos", "nll_neg"), **options)
+    compare(logits, ids, random_ids(ids.shape, 0, 2), 2 * num_cells, features=("prob",), **options)
+
+
+def test_a_softmax_over_more_channels_than_a_program_has_lanes(monkeypatch):
+    """Those beyond add themselves to the table block by block."""
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 2)
+    shape = (1, 32 * kernels.NUM_WARPS + 2, kernels.BLOCK + 7)
+    ids = random_ids(shape, -1, 2)
+    ids[:, -1, :3] = 2
+    compare(random_logits(shape).float(), ids, None, 3, features=("prob",), activation="softmax", channel0="unused")
+
+
+@pytest.mark.parametrize("name", ["background", "home"])
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_cell_of_all_voxels_is_added_to_once_per_program_and_channel(monkeypatch, channels, name):
+    """No hot address: what a table slot receives does not grow with the number of blocks."""
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 4)
+    added = []
+    create = interpreter.interpreter_builder.create_atomic_rmw
+
+    def counted(op, ptr, val, mask, *rest):
+        added.append(int(mask.data.sum()))
+        return create(op, ptr, val, mask, *rest)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", counted)
+    ids = torch.full((1, channels, 8 * kernels.BLOCK), int(name == "home"), dtype=torch.int32)
+    kernels.segment_stats_forward(torch.zeros(ids.shape), ids, None, 2, ("prob",), "softmax", 2.0, "class")
+    assert sum(added) == 2 * channels * 3  # programs, channels; a count and the two integers of a sum
 
 
 def test_an_invalid_id_in_a_later_block(monkeypatch):

@@ -1,20 +1,23 @@
 """The forward pass in Triton: the volume is read once, and what remains of it is the table of sums.
 
-A program owns a few blocks of voxels side by side, of one (sample, channel); with a softmax one block of one sample, in
-all its channels. How many depends on the shape alone, and within a block the order of a sum is fixed: with the integers
-of ``triton_table`` the result does not depend on the order of the programs.
+A program owns a few blocks of voxels side by side, of one (sample, channel). How many depends on the shape alone, and
+within a block the order of a sum is fixed: with the integers of ``triton_table`` the result does not depend on the
+order of the programs. A softmax of two channels is the sigmoid of their difference, a "pair"; of more than two, a
+program owns its blocks in all channels. A channel 0 that is unused has no programs.
 
-Two cells are kept in registers from block to block, lane by lane, and reach the table at the end: the background, which
-owns nearly all voxels, and the first other cell that the program meets, at home there until its end. So neither a giant
-instance nor the background is ever added to more than once per program, and a block without any further cell costs one
+Two cells are kept in registers from block to block and reach the table at the end: the background, which owns nearly
+all voxels, and the first other cell that the program meets, at home there until its end. So neither a giant instance
+nor the background is ever added to more than once per program, and a block without any further cell costs one
 reduction: whether there is one. Blocks with a few are searched, smallest first; in crowded ones the rest of the voxels
-add themselves.
+add themselves. With a softmax each channel has two such cells: their sums are reduced in every block, and kept by a
+lane.
 
-Bytes per voxel and channel, at fp32 logits and int32 ids: 4 + 4, and 1 to 8 for a target where there is one. A softmax
-reads the logits twice, the second time from cache. Atomics: 1 + 2 F for the background and for the home of a program,
-and for every further cell of a block. With a softmax every block adds its background by itself: at 256^3 and Dice+CE
-32,768 times 7 numbers in one line of the table. At one atomic per nanosecond and line that is 0.23 ms, more than the
-0.06 ms that the traffic of two channels takes on an H100. Unmeasured, as all of it; ``bench.gpu`` has a row for it.
+Bytes per voxel and channel, at fp32 logits and int32 ids: 4 + 4, and 1 to 8 for a target where there is one. A pair
+reads the other logit as well, 12 bytes a voxel where channel 0 is unused, and a softmax all logits twice, the second
+time from cache. Atomics: 1 + 2 F for the background and for the home of a program (and channel), and for every further
+cell of a block. At 256^3 a program has 16 blocks, so that a cell that every program meets, as the background is, is
+added to 2,048 times: at one atomic per nanosecond and line, 14 us for the 7 numbers of Dice+CE, beside 45 us for the
+bytes of a channel on an H100. Unmeasured, as all of it; ``bench.gpu`` has rows for both kinds of softmax.
 """
 
 import triton
@@ -73,12 +76,18 @@ def _add(sums, here, values, NUM_FEATURES: tl.constexpr):
 
 
 @triton.jit
-def _add_cell(row_ptr, row_real_ptr, cell, counts, here, values, largest, NUM_FEATURES: tl.constexpr):
-    """Add up the lanes that are here, and that to a cell of the table."""
-    count = tl.sum(counts, 0)
+def _total(counts, here, values, NUM_FEATURES: tl.constexpr):
+    """Counts and sums over the lanes that are here."""
     sums = ()
     for j in tl.static_range(NUM_FEATURES):
         sums = sums + (tl.sum(tl.where(here, values[j], 0.0), 0),)
+    return tl.sum(counts, 0), sums
+
+
+@triton.jit
+def _add_cell(row_ptr, row_real_ptr, cell, counts, here, values, largest, NUM_FEATURES: tl.constexpr):
+    """Add up the lanes that are here, and that to a cell of the table."""
+    count, sums = _total(counts, here, values, NUM_FEATURES)
     add_sums(row_ptr, row_real_ptr, cell, count, sums, largest, count > 0, NUM_FEATURES)
 
 
@@ -91,7 +100,7 @@ def _other_cells(cell, home, num_cells):
 
 @triton.jit
 def _add_other_cells(
-    left, lowest, home, values, logits_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr,
+    left, lowest, home, values, others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr,
     invalid_ptr, remaining, channel, num_channels, num_cells, largest, logits_stride_c, CODES: tl.constexpr,
     NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr,
     CHANNEL0: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TAIL: tl.constexpr
@@ -117,7 +126,7 @@ def _add_other_cells(
         # A crowded block. It is read once more, a voxel to a thread: with four, registers would not do.
         for part in range(0, BLOCK, PART):
             lanes = part + tl.arange(0, PART)
-            z = _load_z(logits_ptr, x_ptr, lanes, remaining, channel, num_channels, logits_stride_c, ACTIVATION, TAIL)
+            z = _load_z(others_ptr, x_ptr, lanes, remaining, channel, num_channels, logits_stride_c, ACTIVATION, TAIL)
             cell = load_cells(
                 cells_ptr, target_ptr, lanes, remaining, channel, num_channels, num_cells, TARGET, CHANNEL0, TAIL
             )
@@ -138,45 +147,58 @@ def _valid(cell, z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _load_z(
-    logits_ptr, x_ptr, lanes, remaining, channel, num_channels, stride_c, ACTIVATION: tl.constexpr, TAIL: tl.constexpr
+    others_ptr, x_ptr, lanes, remaining, channel, num_channels, stride_c, ACTIVATION: tl.constexpr, TAIL: tl.constexpr
 ):
-    """The logit of a voxel, at x_ptr; with a softmax against all other channels, of which logits_ptr is the first."""
+    """The logit of a voxel, at x_ptr; with a softmax against all other channels, which start at others_ptr."""
     z = load_real(x_ptr, lanes, remaining, TAIL)
     if ACTIVATION == "softmax":
-        top, winner, log_rest, rest = softmax_parts(logits_ptr, stride_c, lanes, remaining, num_channels, TAIL)
+        top, winner, log_rest, rest = softmax_parts(others_ptr, stride_c, lanes, remaining, num_channels, TAIL)
         z = z - log_others(z, winner == channel, top, log_rest, rest)
+    if ACTIVATION == "pair":
+        z = z - load_real(others_ptr, lanes, remaining, TAIL)
     return z
 
 
 @triton.jit
 def _sum_blocks(
-    logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr, invalid_ptr, remaining, num_blocks, channel,
-    num_channels, num_cells, largest, CODES: tl.constexpr, NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GAMMA: tl.constexpr, TARGET: tl.constexpr, CHANNEL0: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
-    TAIL: tl.constexpr
+    others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr, invalid_ptr, remaining, num_blocks,
+    channel, num_channels, num_cells, largest, CODES: tl.constexpr, NUM_FEATURES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr, CHANNEL0: tl.constexpr, BLOCK: tl.constexpr,
+    PART: tl.constexpr, TAIL: tl.constexpr
 ):
     """Pointers stand at the first voxel of so many blocks; the next one is under way while a block is added."""
     lanes = tl.arange(0, BLOCK)
     counts = tl.zeros_like(lanes)  # of the background, and 2^16 times that at home
-    zero = tl.zeros_like(load_real(logits_ptr, lanes, 0, True))
+    zero = tl.zeros_like(load_real(x_ptr, lanes, 0, True))
     sums = _zeros(zero, NUM_FEATURES)
     sums_home = _zeros(zero, NUM_FEATURES)
     home = num_cells
-    raw = load(logits_ptr, lanes, remaining, TAIL)
+    raw = load(x_ptr, lanes, remaining, TAIL)
+    other = raw
+    if ACTIVATION == "pair":
+        other = load(others_ptr, lanes, remaining, TAIL)
     ids, label = load_labels(cells_ptr, target_ptr, lanes, remaining, TARGET, TAIL)
     for block in range(num_blocks):
         there = tl.where(block + 1 < num_blocks, remaining - BLOCK, 0)
         if TAIL:
-            next_raw = load(logits_ptr + BLOCK, lanes, there, True)
+            next_raw = load(x_ptr + BLOCK, lanes, there, True)
+            next_other = next_raw
+            if ACTIVATION == "pair":
+                next_other = load(others_ptr + BLOCK, lanes, there, True)
             next_ids, next_label = load_labels(cells_ptr + BLOCK, target_ptr + BLOCK, lanes, there, TARGET, True)
         else:  # all of it or nothing: one mask for all lanes leaves the loads 16 bytes wide
             here = tl.zeros_like(lanes) + there > 0
-            next_raw = tl.load(logits_ptr + BLOCK + lanes, mask=here, other=0)
+            next_raw = tl.load(x_ptr + BLOCK + lanes, mask=here, other=0)
+            next_other = next_raw
+            if ACTIVATION == "pair":
+                next_other = tl.load(others_ptr + BLOCK + lanes, mask=here, other=0)
             next_ids = tl.load(cells_ptr + BLOCK + lanes, mask=here, other=0)
             next_label = next_ids
             if TARGET != "none":
                 next_label = tl.load(target_ptr + BLOCK + lanes, mask=here, other=0)
         z = to_real(raw)
+        if ACTIVATION == "pair":
+            z = z - to_real(other)
         cell = to_cells(ids, label, lanes, remaining, channel, num_channels, num_cells, TARGET, CHANNEL0, TAIL)
         cell = _valid(cell, z, ACTIVATION)
         values = _features(z, CODES, NUM_FEATURES, ACTIVATION, GAMMA)
@@ -184,20 +206,22 @@ def _sum_blocks(
         lowest = tl.min(left, 0)
         if lowest < num_cells:
             home = _add_other_cells(
-                left, lowest, home, values, logits_ptr, logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
-                poison_ptr, invalid_ptr, remaining, channel, num_channels, num_cells, largest, 0, CODES, NUM_FEATURES,
-                ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
+                left, lowest, home, values, others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr,
+                invalid_ptr, remaining, channel, num_channels, num_cells, largest, 0, CODES, NUM_FEATURES, ACTIVATION,
+                GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
             )
         here = cell == 0
         at_home = (cell == home) & (cell > 0)
         counts += tl.where(here, 1, 0) + tl.where(at_home, 1 << 16, 0)
         sums = _add(sums, here, values, NUM_FEATURES)
         sums_home = _add(sums_home, at_home, values, NUM_FEATURES)
-        logits_ptr += BLOCK
+        others_ptr += BLOCK
+        x_ptr += BLOCK
         cells_ptr += BLOCK
         target_ptr += BLOCK
         remaining -= BLOCK
         raw = next_raw
+        other = next_other
         ids = next_ids
         label = next_label
     _add_cell(row_ptr, row_real_ptr, 0, counts & 0xFFFF, lanes >= 0, sums, largest, NUM_FEATURES)
@@ -206,37 +230,75 @@ def _sum_blocks(
 
 
 @triton.jit
-def _sum_block_of_softmax(
-    logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr, invalid_ptr, remaining, num_channels,
-    num_cells, largest, logits_stride_c, cells_stride_c, target_stride_c, CODES: tl.constexpr,
+def _sum_blocks_of_softmax(
+    all_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr, invalid_ptr, remaining, num_blocks,
+    first, num_channels, num_cells, largest, logits_stride_c, cells_stride_c, target_stride_c, CODES: tl.constexpr,
     NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr,
     CHANNEL0: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Pointers stand at the block's first voxel in channel 0."""
+    """Pointers stand at the first voxel of so many blocks, in the first channel that has sums; all_ptr, in channel 0.
+
+    What a channel adds to the table at the end is kept by a lane.
+    """
     lanes = tl.arange(0, BLOCK)
-    top, winner, log_rest, rest = softmax_parts(logits_ptr, logits_stride_c, lanes, remaining, num_channels, TAIL)
-    x_ptr = logits_ptr
-    for c in range(num_channels):
-        x = load_real(x_ptr, lanes, remaining, TAIL)
-        z = x - log_others(x, winner == c, top, log_rest, rest)
-        cell = load_cells(cells_ptr, target_ptr, lanes, remaining, c, num_channels, num_cells, TARGET, CHANNEL0, TAIL)
-        values = _features(z, CODES, NUM_FEATURES, ACTIVATION, GAMMA)
-        here = cell == 0
-        _add_cell(row_ptr, row_real_ptr, 0, here.to(tl.int32), here, values, largest, NUM_FEATURES)
-        nowhere = num_cells + 1  # a home in no block: with one per channel, registers would not do
-        left = _other_cells(cell, nowhere, num_cells)
-        lowest = tl.min(left, 0)
-        if lowest < num_cells:
-            nowhere = _add_other_cells(
-                left, lowest, nowhere, values, logits_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
-                poison_ptr, invalid_ptr, remaining, c, num_channels, num_cells, largest, logits_stride_c, CODES,
-                NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
+    keepers = tl.arange(0, PART)
+    counts = tl.zeros_like(keepers)  # of the background, and 2^16 times that at home
+    zero = tl.zeros_like(load_real(x_ptr, keepers, 0, True))
+    sums = _zeros(zero, NUM_FEATURES)
+    sums_home = _zeros(zero, NUM_FEATURES)
+    homes = counts + num_cells
+    row_size = num_cells.to(tl.int64) * (1 + 3 * NUM_FEATURES)
+    visited = (num_channels - first).to(tl.int64)
+    for _ in range(num_blocks):
+        top, winner, log_rest, rest = softmax_parts(all_ptr, logits_stride_c, lanes, remaining, num_channels, TAIL)
+        for c in range(first, num_channels):
+            x = load_real(x_ptr, lanes, remaining, TAIL)
+            z = x - log_others(x, winner == c, top, log_rest, rest)
+            cell = load_cells(
+                cells_ptr, target_ptr, lanes, remaining, c, num_channels, num_cells, TARGET, CHANNEL0, TAIL
             )
-        x_ptr += logits_stride_c
-        cells_ptr += cells_stride_c
-        target_ptr += target_stride_c
-        row_ptr += num_cells.to(tl.int64) * (1 + 3 * NUM_FEATURES)
-        row_real_ptr += num_cells.to(tl.int64) * (1 + 3 * NUM_FEATURES)
+            values = _features(z, CODES, NUM_FEATURES, ACTIVATION, GAMMA)
+            here = cell == 0
+            count, found = _total(here.to(tl.int32), here, values, NUM_FEATURES)
+            kept = keepers == c - first
+            if c - first < PART:
+                counts += tl.where(kept, count, 0)
+                sums = _add(sums, kept, found, NUM_FEATURES)
+            else:  # more channels than lanes
+                add_sums(row_ptr, row_real_ptr, 0, count, found, largest, count > 0, NUM_FEATURES)
+            left = _other_cells(cell, 0, num_cells)
+            if tl.min(left, 0) < num_cells:
+                home = tl.sum(tl.where(kept, homes, 0), 0)  # 0, a home that no cell has, where there is no lane
+                left = _other_cells(cell, home, num_cells)
+                lowest = tl.min(left, 0)
+                if lowest < num_cells:
+                    home = _add_other_cells(
+                        left, lowest, home, values, all_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
+                        poison_ptr, invalid_ptr, remaining, c, num_channels, num_cells, largest, logits_stride_c, CODES,
+                        NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
+                    )
+                    homes = tl.where(kept, home, homes)
+                at_home = (cell == home) & (cell > 0)
+                count, found = _total(at_home.to(tl.int32), at_home, values, NUM_FEATURES)
+                counts += tl.where(kept, count << 16, 0)
+                sums_home = _add(sums_home, kept, found, NUM_FEATURES)
+            x_ptr += logits_stride_c
+            cells_ptr += cells_stride_c
+            target_ptr += target_stride_c
+            row_ptr += row_size
+            row_real_ptr += row_size
+        all_ptr += BLOCK
+        x_ptr += BLOCK - visited * logits_stride_c
+        cells_ptr += BLOCK - visited * cells_stride_c
+        target_ptr += BLOCK - visited * target_stride_c
+        row_ptr -= visited * row_size
+        row_real_ptr -= visited * row_size
+        remaining -= BLOCK
+    background = keepers * num_cells.to(tl.int64)
+    count = counts & 0xFFFF
+    add_sums(row_ptr, row_real_ptr, background, count, sums, largest, count > 0, NUM_FEATURES)
+    count = counts >> 16
+    add_sums(row_ptr, row_real_ptr, background + homes, count, sums_home, largest, count > 0, NUM_FEATURES)
 
 
 @triton.jit(do_not_specialize=[
@@ -259,39 +321,47 @@ def segment_stats_fwd_kernel(
             there = (which < num_coefficients).to(tl.int1)
             coefficient = tl.load(coefficients_ptr + which, mask=there, other=0.0)
             tl.store(real_ptr + coefficients_offset + which, coefficient, mask=there)
-    part, sample, channel = place(num_programs, num_channels, ACTIVATION)
+    first = 0
+    if CHANNEL0 == "unused":
+        first = 1
+    part, sample, channel = place(num_programs, num_channels, first, ACTIVATION == "softmax")
     channel64 = channel.to(tl.int64)
     start = part * (most_blocks * BLOCK)
-    logits_ptr += sample * logits_stride_b + channel64 * logits_stride_c + start
+    others_ptr = logits_ptr + sample * logits_stride_b + start
+    x_ptr = others_ptr + channel64 * logits_stride_c
+    if ACTIVATION == "pair":
+        others_ptr += (1 - channel64) * logits_stride_c
     cells_ptr += sample * cells_stride_b + channel64 * cells_stride_c + start
     target_ptr += sample * target_stride_b + channel64 * target_stride_c + start
-    first = _HEAD + (sample * num_channels + channel64) * num_cells * (1 + 3 * NUM_FEATURES)
-    row_ptr = table_ptr + first
-    row_real_ptr = real_ptr + first
+    row_offset = _HEAD + (sample * num_channels + channel64) * num_cells * (1 + 3 * NUM_FEATURES)
+    row_ptr = table_ptr + row_offset
+    row_real_ptr = real_ptr + row_offset
     if start + most_blocks * BLOCK <= num_voxels:
         if ACTIVATION == "softmax":
-            _sum_block_of_softmax(
-                logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr, BLOCK, num_channels,
-                num_cells, largest, logits_stride_c, cells_stride_c, target_stride_c, CODES, NUM_FEATURES, ACTIVATION,
-                GAMMA, TARGET, CHANNEL0, BLOCK, PART, False
+            _sum_blocks_of_softmax(
+                others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr,
+                most_blocks * BLOCK, most_blocks, channel, num_channels, num_cells, largest, logits_stride_c,
+                cells_stride_c, target_stride_c, CODES, NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART,
+                False
             )
         else:
             _sum_blocks(
-                logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr, most_blocks * BLOCK,
-                most_blocks, channel, num_channels, num_cells, largest, CODES, NUM_FEATURES, ACTIVATION, GAMMA, TARGET,
-                CHANNEL0, BLOCK, PART, False
+                others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr,
+                most_blocks * BLOCK, most_blocks, channel, num_channels, num_cells, largest, CODES, NUM_FEATURES,
+                ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, False
             )
     else:
         remaining = (num_voxels - start).to(tl.int32)
+        num_blocks = (remaining + BLOCK - 1) // BLOCK
         if ACTIVATION == "softmax":
-            _sum_block_of_softmax(
-                logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr, remaining,
-                num_channels, num_cells, largest, logits_stride_c, cells_stride_c, target_stride_c, CODES,
-                NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, True
+            _sum_blocks_of_softmax(
+                others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr, remaining,
+                num_blocks, channel, num_channels, num_cells, largest, logits_stride_c, cells_stride_c, target_stride_c,
+                CODES, NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, True
             )
         else:
             _sum_blocks(
-                logits_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr, remaining,
-                (remaining + BLOCK - 1) // BLOCK, channel, num_channels, num_cells, largest, CODES, NUM_FEATURES,
-                ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, True
+                others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, real_ptr, invalid_ptr, remaining,
+                num_blocks, channel, num_channels, num_cells, largest, CODES, NUM_FEATURES, ACTIVATION, GAMMA, TARGET,
+                CHANNEL0, BLOCK, PART, True
             )

@@ -151,7 +151,7 @@ def _sum(
     table = torch.zeros(slots + more, dtype=torch.float64, device=logits.device)
     integers = table.view(torch.int64)
     blocks = divide_up(voxels, BLOCK)
-    most_blocks = 1 if activation == "softmax" else blocks_of_a_program(blocks)
+    most_blocks = blocks_of_a_program(blocks)
     programs = divide_up(blocks, most_blocks)
     division = (programs, most_blocks, largest(voxels), more, slots)
     tables = (integers, table, invalid.flag, table if numbers is None else numbers)
@@ -172,9 +172,14 @@ def _launch(
     tables: tuple[Tensor, ...], num_cells: int, division: tuple[float, ...], more_strides: tuple[int, ...],
     features: tuple[str, ...], activation: str, gamma: float, channel0: str, backward: bool, has_upstream: bool
 ) -> None:
-    """On the current device. ``programs``: per sample and channel, or with a softmax per sample."""
+    """On the current device. ``programs``: per row, which is a sample and channel, or of a softmax a sample."""
     batch, channels = logits.shape[:2]
-    programs *= batch * (channels > 0) if activation == "softmax" else batch * channels
+    if activation == "softmax" and channels == 2:
+        activation = "pair"  # the sigmoid of the difference
+    rows_of_a_sample = channels - (channel0 == "unused" and not backward)
+    if activation == "softmax" or (activation == "pair" and backward):
+        rows_of_a_sample = min(rows_of_a_sample, 1)
+    programs *= batch * rows_of_a_sample
     if programs == 0:
         return
     logits, *logits_strides = rows(logits)

@@ -38,16 +38,19 @@ def load(ptr, lanes, remaining, TAIL: tl.constexpr):
 
 
 @triton.jit
-def place(programs_of_a_row, num_channels, ACTIVATION: tl.constexpr):
-    """Which part of which sample and channel is this program's; with a softmax, of which sample, in all channels."""
+def place(programs_of_a_row, num_channels, first, ALL: tl.constexpr):
+    """Which part of which sample and channel is this program's, of the channels from the first on.
+
+    ALL: the programs have a part of a sample in all these channels.
+    """
     row = tl.program_id(0) // programs_of_a_row
     part = tl.program_id(0) - row * programs_of_a_row
-    if ACTIVATION == "softmax":
+    if ALL:
         sample = row
-        channel = row * 0
+        channel = row * 0 + first
     else:
-        sample = row // num_channels
-        channel = row - sample * num_channels
+        sample = row // (num_channels - first)
+        channel = row - sample * (num_channels - first) + first
     return part.to(tl.int64), sample.to(tl.int64), channel
 
 
