@@ -16,6 +16,7 @@ from bench.gpu_contestants import (
     mistaken_pair,
     pair,
     pair_in_bf16,
+    pair_of_a_softmax,
     pair_of_two_channels,
 )
 from bench.gpu_labels import CONTESTS, as_tensor, noise
@@ -123,7 +124,12 @@ def the_loop(bench: Bench, bar: Bar) -> Iterator[Row]:
     yield from _times(timed, "eager", name)
 
 
-OTHERS = {mistaken_pair: ("cc", "bicc"), pair_of_two_channels: ("softmax",), pair_in_bf16: ("ours",)}
+OTHERS = {
+    mistaken_pair: ("cc", "bicc"),
+    pair_of_two_channels: ("softmax",),
+    pair_of_a_softmax: ("softmax_classes",),
+    pair_in_bf16: ("ours",),
+}
 
 
 @measures("losses")

@@ -81,6 +81,13 @@ def classes(size: int, count: int) -> Workload:
     return replace(rows, name=name, logits=logits, instances=ids)
 
 
+def pair_of_a_softmax(size: int, count: int) -> Workload:
+    """Two samples with a softmax over 4 classes; the ids of the first, the background, are not looked at."""
+    rows = synthetic(size, count, batch=2 * CLASSES)
+    logits, ids = (tensor.view(2, CLASSES, *(size,) * 3) for tensor in (rows.logits, rows.instances))
+    return replace(rows, name=f"2x{CLASSES}x{size}^3, {count} balls each", logits=logits, instances=ids)
+
+
 def end_to_end(size: int, count: int) -> Workload:
     """The same voxels as one sample of one class, in which every ball has an id of its own."""
     apart = classes(size, count)
@@ -174,8 +181,16 @@ def every_class_formula(logits: Tensor, instances: Tensor, target: Tensor) -> Te
     return blob_formula(*(tensor.flatten(0, 1)[:, None] for tensor in (logits, instances, target)), ce=False)
 
 
+def softmax_formula(logits: Tensor, instances: Tensor, target: Tensor) -> Tensor:
+    """The same with a softmax, but for class 0."""
+    log_p = torch.log_softmax(logits, 1)
+    log_odds = log_p - torch.log(-torch.expm1(log_p))
+    return every_class_formula(*(tensor[:, 1:] for tensor in (log_odds, instances, target)))
+
+
 BICC_DICE: Formula = lambda x, w: bicc_formula(x, w.instances, w.target)  # noqa: E731
 EVERY_CLASS: Formula = lambda x, w: every_class_formula(x, w.instances, w.target)  # noqa: E731
+SOFTMAX_DICE: Formula = lambda x, w: softmax_formula(x, w.instances, w.target)  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -273,6 +288,9 @@ LOSSES = {
         "BlobLoss Dice+CE, softmax", TWO_CHANNEL_BLOB, _of_ids(SOFTMAX_DICE_AND_CE, activation="softmax")
     ),
     "classes": LossContestant("BlobLoss of several classes", EVERY_CLASS, _of_ids()),
+    "softmax_classes": LossContestant(
+        "BlobLoss of several classes, softmax", SOFTMAX_DICE, _of_ids(activation="softmax")
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from bench.gpu_contestants import (
     mistaken_pair,
     on,
     pair,
+    pair_of_a_softmax,
     pair_of_two_channels,
 )
 from bench.gpu_timing import Clock, UnmeasuredError, reason_of
@@ -34,7 +35,8 @@ Row = dict[str, Any]
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 COPY = "copy bandwidth"
-SOFTMAX_FORWARD_BYTES = 12  # two logits in fp32 and an int32 id
+# Per voxel of an id that the workload holds: two logits in fp32 and an int32 id; four logits and, but for class 0, ids.
+SOFTMAX_FORWARD_BYTES = {"softmax": 12, "softmax_classes": 7}
 
 
 class Scale(NamedTuple):
@@ -343,21 +345,32 @@ def _replayed(bench: Bench, contests: Mapping[str, tuple[Any, ...]]) -> tuple[di
     return bench.clock.medians(steps, bench.scale.rounds), names
 
 
-# Two that settle what reading the kernels cannot tell.
+# Three that settle what reading the kernels cannot tell.
 
 
-@measures("passes", Extra("forward with a softmax, share of the copy bandwidth"))
-def one_cell_of_all(bench: Bench, of_forward: Extra) -> Iterator[Row]:
-    """Hardly any voxel is foreground, and a program of a softmax has few voxels."""
-    step, workload, check = _pass_of(bench, "softmax", pair_of_two_channels, bench.scale.extremes, bench.scale.few)
-    forward, backward = bench.clock.capture(step.forward, step.backward)
-    forward()
-    backward()
-    check(step, "replayed")
-    seconds = bench.clock.medians({"forward": forward}, bench.scale.rounds)["forward"]
-    share = bench.floor_s(workload, SOFTMAX_FORWARD_BYTES) / seconds
-    made_of = f"{SOFTMAX_FORWARD_BYTES} bytes a voxel, {1e6 * seconds:.1f} us, replayed, Dice+CE, {workload.name}"
-    yield of_forward.row(share, f"{made_of}; shows what it costs that every program adds to the same background cell")
+@measures(
+    "passes",
+    Extra("forward with a softmax over 2 channels, share of the copy bandwidth"),
+    Extra("forward with a softmax over 4 channels, share of the copy bandwidth"),
+)
+def softmax(bench: Bench, of_two: Extra, of_four: Extra) -> Iterator[Row]:
+    """Hardly any voxel is foreground."""
+    shown = {
+        "softmax": "shows what it costs that both logits are read",
+        "softmax_classes": "shows what its arithmetic costs, and that no block is under way meanwhile",
+    }
+    for of_forward, key, make in (
+        (of_two, "softmax", pair_of_two_channels), (of_four, "softmax_classes", pair_of_a_softmax)
+    ):  # fmt: skip
+        step, workload, check = _pass_of(bench, key, make, bench.scale.extremes, bench.scale.few)
+        forward, backward = bench.clock.capture(step.forward, step.backward)
+        forward()
+        backward()
+        check(step, "replayed")
+        seconds = bench.clock.medians({"forward": forward}, bench.scale.rounds)["forward"]
+        share = bench.floor_s(workload, SOFTMAX_FORWARD_BYTES[key]) / seconds
+        made_of = f"{SOFTMAX_FORWARD_BYTES[key]} bytes a voxel, {1e6 * seconds:.1f} us, replayed, {workload.name}"
+        yield of_forward.row(share, f"{made_of}; {shown[key]}")
 
 
 @measures("passes", Extra("8 samples with 4 classes / the same voxels as one"))

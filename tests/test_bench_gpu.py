@@ -79,7 +79,7 @@ def test_every_bar_has_one_row(every_row: dict[str, list[gpu_rows.Row]]) -> None
             held = {">=": found["value"] >= bar.bound, "<=": found["value"] <= bar.bound}[bar.operator]
             assert found["holds"] == held
     extras = [own for stage in STAGES for own in gpu.announced(stage) if isinstance(own, gpu_rows.Extra)]
-    assert len(extras) == 11
+    assert len(extras) == 12
     for extra in extras:
         found = rows[extra.name]
         assert found["bar"] is found["holds"] is None and found["unit"] == extra.unit and found["note"]

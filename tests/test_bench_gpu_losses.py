@@ -11,14 +11,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import gpu, gpu_comparisons, gpu_contestants, gpu_rows
-from bench.gpu_contestants import LOSSES, Pass, Truth, classes, end_to_end, mistaken_pair, pair
+from bench.gpu_contestants import (
+    LOSSES,
+    Pass,
+    Truth,
+    classes,
+    end_to_end,
+    mistaken_pair,
+    pair,
+    pair_of_a_softmax,
+)
 from bench.gpu_rows import MEASUREMENTS, Bench, Extra, Measurement, Row
 from bench.gpu_timing import Clock, UnmeasuredError
 from blobloss_fast import connected_components
 
 from .test_bench_gpu import HAS_MONAI, TINY, cpu_bench, rows_of
 
-SOFTMAX_SHARE = "forward with a softmax, share of the copy bandwidth"
+SOFTMAX_SHARE = "forward with a softmax over {} channels, share of the copy bandwidth"
 PAIRS = "8 samples with 4 classes / the same voxels as one"
 
 
@@ -57,6 +66,21 @@ def test_every_class_has_a_term() -> None:
     step = Pass(LOSSES["classes"].prepare(workload, Clock()), workload.logits)
     step()
     assert Truth(workload).check(LOSSES["classes"], step, "eager") <= 1e-11
+
+
+def test_a_softmax_over_several_classes() -> None:
+    """And that neither the ids of class 0 count nor the sigmoid of every logit would do."""
+    workload = pair_of_a_softmax(6, 3).to(torch.float64)
+    workload.instances[1, 2] = 0
+    step = Pass(LOSSES["softmax_classes"].prepare(workload, Clock()), workload.logits)
+    step()
+    value = step.results()[0]
+    assert Truth(workload).check(LOSSES["softmax_classes"], step, "eager") <= 1e-11
+    with pytest.raises(UnmeasuredError, match="DISAGREES"):
+        Truth(workload).check(LOSSES["classes"], step, "eager")
+    workload.instances[:, 0] = 0
+    step()
+    assert torch.equal(step.results()[0], value)
 
 
 def test_both_directions_count() -> None:
@@ -113,9 +137,12 @@ def test_launches_of_all_losses() -> None:
 
 
 def test_share_of_a_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = rows_of(gpu_rows.one_cell_of_all, timed_by(monkeypatch, {"forward": 5e-6})).values()
-    assert found["name"] == SOFTMAX_SHARE and found["value"] == pytest.approx(2 * 14**3 * 12 / 100e9 / 5e-6)
-    assert "two channels" in found["note"] and "every program adds to the same background cell" in found["note"]
+    two, four = rows_of(gpu_rows.softmax, timed_by(monkeypatch, {"forward": 5e-6})).values()
+    assert two["name"] == SOFTMAX_SHARE.format(2) and two["value"] == pytest.approx(2 * 14**3 * 12 / 100e9 / 5e-6)
+    assert four["name"] == SOFTMAX_SHARE.format(4)
+    assert four["value"] == pytest.approx(2 * 14**3 * (4 * 4 + 3 * 4) / 100e9 / 5e-6)
+    assert "two channels" in two["note"] and "both logits" in two["note"]
+    assert "2x4x14^3" in four["note"] and "arithmetic" in four["note"]
 
 
 def test_pairs_over_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +153,15 @@ def test_pairs_over_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "key"), [(gpu_rows.one_cell_of_all, "softmax"), (gpu_rows.numbers_of_pairs, "classes")]
+    ("function", "key", "left"),
+    [(gpu_rows.softmax, "softmax_classes", 1), (gpu_rows.numbers_of_pairs, "classes", 0)],
 )
-def test_what_disagrees_settles_nothing(monkeypatch: pytest.MonkeyPatch, function: Any, key: str) -> None:
+def test_what_disagrees_settles_nothing(monkeypatch: pytest.MonkeyPatch, function: Any, key: str, left: int) -> None:
     right = LOSSES[key]
     wrong = dataclasses.replace(right, prepare=lambda w, c: lambda x: 1.001 * right.prepare(w, c)(x))
     monkeypatch.setitem(LOSSES, key, wrong)
-    (found,) = rows_of(function, cpu_bench()).values()
+    *others, found = rows_of(function, cpu_bench()).values()
+    assert len(others) == left and all(row["value"] > 0 for row in others)
     assert found["value"] is None and found["bar"] is None
     assert found["note"].startswith(f"{right.title}, replayed, DISAGREES with its formula")
 
@@ -164,15 +193,16 @@ def test_without_monai_a_ratio_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_times_of_other_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"cc": 1e-6, "bicc": 2e-6, "softmax": 3e-6, "ours": 4e-6}
+    seconds = {"cc": 1e-6, "bicc": 2e-6, "softmax": 3e-6, "softmax_classes": 5e-6, "ours": 4e-6}
     rows = rows_of(gpu_comparisons.other_losses, timed_by(monkeypatch, seconds))
     volumes = {
-        "as many others predicted": {"CCLoss from a mask": 1, "BiCC from a mask": 2},
-        "two channels": {"BlobLoss Dice+CE, softmax": 3},
-        "bfloat16": {"BlobLoss": 4},
+        "2x1x12^3, 4 balls each, as many others predicted": {"CCLoss from a mask": 1, "BiCC from a mask": 2},
+        "2x1x12^3, 4 balls each, two channels": {"BlobLoss Dice+CE, softmax": 3},
+        "2x4x12^3, 4 balls each": {"BlobLoss of several classes, softmax": 5},
+        "2x1x12^3, 4 balls each, bfloat16": {"BlobLoss": 4},
     }
     assert {name: found["value"] for name, found in rows.items()} == {
-        f"other losses: 2x1x12^3, 4 balls each, {volume}, {how}: {title}": pytest.approx(us)
+        f"other losses: {volume}, {how}: {title}": pytest.approx(us)
         for volume, losses in volumes.items()
         for how in ("eager", "replayed")
         for title, us in losses.items()
@@ -214,7 +244,7 @@ def test_a_measurement_that_announces_nothing_says_why_it_fails(monkeypatch: pyt
 
 def test_announced_rows_have_names_of_their_own() -> None:
     names = [own.name for measurement in MEASUREMENTS for own in measurement.bars]
-    assert len(names) == len(set(names)) and {SOFTMAX_SHARE, PAIRS} <= set(names)
+    assert len(names) == len(set(names)) and {PAIRS, *map(SOFTMAX_SHARE.format, (2, 4))} <= set(names)
     assert TINY.middle // 2 >= 2  # the smallest volume of the rehearsal
     for stage in gpu.BUDGET:
         bars = [own for own in gpu.announced(stage) if not isinstance(own, Extra)]
