@@ -88,7 +88,7 @@ def inspect(binary) -> dict[str, int]:
         "stg": count(r"STG(\..*)?"),
         "atomics": count(r"(ATOMG?|REDG?)(\..*)?"),
         "ex2": len(re.findall(r"\bex2\.approx", binary.asm["ptx"])),
-        "floor": len(re.findall(r"\bcvt\.rmi\.(?:ftz\.)?f32\.f32", binary.asm["ptx"])),
+        "reduced": len(re.findall(r"\badd\.(?:rn\.)?f32.*, 0fCB400000", binary.asm["ptx"])),
         "instructions": sum(opcodes.values()),
         "cvt_rn": len(re.findall(r"cvt\.rn\.(?:bf16|f16)", binary.asm["ptx"])),
     }

@@ -36,15 +36,17 @@ def test_no_spills(compiled):
 
 def test_registers_leave_room_for_enough_programs(compiled):
     """Of 65,536 registers a multiprocessor has; a program of four warps has 4 KiB of logits and ids under way, and 18
-    KiB cover the latency of an H100's memory. A pair has 6 KiB; a softmax over more than two channels has no block
-    under way while it computes, and it is arithmetic that bounds it. Triton 3.7.1 takes up to 83 and 120 in the forward
-    pass, 147 with a softmax, 3.8.0 76 and 111. Triton 3.3.1 takes 130 for a pair."""
+    KiB cover the latency of an H100's memory. A difference has 6 KiB; a softmax over more than two channels has no
+    block under way while it computes, and it is arithmetic that bounds it. Triton 3.7.1 takes up to 83 and 120 in the
+    forward pass, 147 with a softmax, 3.8.0 76 and 111. Triton 3.3.1 takes 130 for a difference."""
     for row in [row for row in compiled if "fp64" not in row["case"]]:
         if "dice fp32" in row["case"] and row["pass"] == "fwd":
             assert row["registers"] <= (96 if VERSION < (3, 8) else 80), label(row)  # five programs, six
         if "dice+bce" in row["case"] and row["pass"] == "fwd":
-            if row["case"].startswith(("softmax", "pair")):
-                assert row["registers"] <= (168 if VERSION < (3, 8) else 128), label(row)  # three, four
+            if row["case"].startswith("softmax"):
+                assert row["registers"] <= (152 if VERSION < (3, 8) else 128), label(row)  # three, four
+            elif row["case"].startswith("difference") and VERSION < (3, 6):
+                assert row["registers"] <= 136, label(row)  # three
             else:
                 assert row["registers"] <= (128 if VERSION < (3, 8) else 112), label(row)  # four
         if row["pass"] == "bwd" and row["case"].startswith("sigmoid dice"):
@@ -60,19 +62,19 @@ def of_volumes(compiled: list[dict], dtype: str, *, odd: bool = False) -> list[d
 
 
 def test_volumes_are_read_16_bytes_at_a_time(compiled):
-    """Logits and ids in a full block and in the tail: four such loads, six of a pair, and as many of the first block
-    where the next is under way; more where a softmax sweeps twice or thrice. In the forward pass crowded blocks are
-    read otherwise."""
+    """Logits and ids in a full block and in the tail: four such loads, six of a difference, and as many of the first
+    block where the next is under way; more where a softmax sweeps twice or thrice. In the forward pass crowded blocks
+    are read otherwise."""
     for row in of_volumes(compiled, "fp32"):
         sweeps = 2 if row["pass"] == "fwd" and not row["case"].startswith("softmax") else 1
-        volumes = 3 if row["case"].startswith("pair") else 2
+        volumes = 3 if row["case"].startswith("difference") else 2
         assert row["ldg128"] >= 2 * volumes * sweeps, label(row)
 
 
 def test_gradients_are_written_16_bytes_at_a_time(compiled):
     for row in of_volumes(compiled, "fp32"):
         if row["pass"] == "bwd":
-            volumes = 2 if row["case"].startswith("pair") else 1
+            volumes = 2 if row["case"].startswith("difference") else 1
             assert row["stg"] == row["stg128"] == 2 * volumes, label(row)
 
 
@@ -86,7 +88,8 @@ def test_full_blocks_of_an_odd_volume_are_read_and_written_16_bytes_at_a_time(co
 def test_atomics(compiled):
     """The finish counts its programs; the backward pass has none. The forward pass has one for the count of a cell and
     three for each of its sums, of which one or two are taken: in at most nine places, which are the background, home,
-    the search and the crowd, each in full blocks and in the tail, and what the compiler writes out twice.
+    the search and the crowd, each in full blocks and in the tail, and what the compiler writes out twice; of a softmax
+    the channels beyond its lanes as well, where the two pieces of code have ends in common.
     """
     for row in compiled:
         if row["pass"] != "fwd":
@@ -98,18 +101,18 @@ def test_atomics(compiled):
 
 def test_the_exponential_is_not_left_to_the_compiler(compiled):
     """Its own rounds x / log(2) once, which the interpreter's does not show: 2e-6 of the result at x = -40. Every 2^x
-    in the code stands for one of ours, so that they come with the three steps that reduce x."""
+    in the code stands for one of ours, so that they come with the step that makes an integer of x / log(2)."""
     for row in of_volumes(compiled, "fp32"):
         if not row["case"].startswith("none"):
-            assert 0 < row["ex2"] <= row["floor"], label(row)
+            assert 0 < row["ex2"] <= row["reduced"], label(row)
 
 
-def test_a_pair_takes_no_more_exponentials_than_a_sigmoid(compiled):
-    """A softmax of two channels has one of a voxel, though it has two logits."""
+def test_a_softmax_over_two_channels_takes_no_more_exponentials_than_a_sigmoid(compiled):
+    """One of a voxel, though it has two logits."""
     found = {(row["pass"], row["case"]): row["ex2"] for row in compiled if row["sm"] == 90}
     for name in ("fwd", "bwd"):
-        pair, sigmoid = found[name, "pair dice+bce fp32, channel 0 unused"], found[name, "sigmoid dice+bce fp32 target"]
-        assert pair == sigmoid, name
+        softmax = found[name, "difference dice+bce fp32, channel 0 unused"]
+        assert softmax == found[name, "sigmoid dice+bce fp32 target"], name
 
 
 def test_shared_memory_limits_nothing(compiled):

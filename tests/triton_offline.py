@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
     dtype: str  # of the logits
     features: tuple[str, ...]
-    activation: str = "sigmoid"  # "pair": a softmax of two channels
+    activation: str = "sigmoid"  # "difference": a softmax over two channels
     gamma: float = 0.0
     target: str | None = None  # its dtype
     meaning: str = "binary"  # of a target
@@ -40,8 +40,8 @@ CASES = {
     "sigmoid dice+bce bf16": Case("bf16", DICE_BCE),
     "softmax dice+bce fp32": Case("fp32", DICE_BCE, "softmax"),
     "softmax all features fp32 target": Case("fp32", FEATURES, "softmax", 2.0, "u8"),
-    "pair dice+bce fp32, channel 0 unused": Case("fp32", DICE_BCE, "pair", channel0="unused"),
-    "pair all features fp32 target": Case("fp32", FEATURES, "pair", 2.0, "u8"),
+    "difference dice+bce fp32, channel 0 unused": Case("fp32", DICE_BCE, "difference", channel0="unused"),
+    "difference all features fp32 target": Case("fp32", FEATURES, "difference", 2.0, "u8"),
     "sigmoid all features fp32 target": Case("fp32", FEATURES, gamma=2.0, target="u8"),
     "none all features fp32": Case("fp32", FEATURES, "none", 2.0),
     "sigmoid all features fp64 target": Case("fp64", FEATURES, gamma=2.0, target="u8"),
@@ -160,7 +160,7 @@ VOLUME = {"fwd": module.segment_stats_fwd_kernel, "bwd": module.segment_stats_bw
 ON_HIP = (
     "sigmoid dice fp32",
     "softmax dice+bce fp32",
-    "pair dice+bce fp32, channel 0 unused",
+    "difference dice+bce fp32, channel 0 unused",
     "sigmoid all features fp64 target",
 )
 

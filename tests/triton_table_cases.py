@@ -191,7 +191,7 @@ def test_a_softmax_over_more_channels_than_a_program_has_lanes(monkeypatch):
 @pytest.mark.parametrize("name", ["background", "home"])
 @pytest.mark.parametrize("channels", [2, 3])
 def test_a_cell_of_all_voxels_is_added_to_once_per_program_and_channel(monkeypatch, channels, name):
-    """No hot address: what a table slot receives does not grow with the number of blocks."""
+    """No hot address: what a table slot receives does not grow with the blocks of a program."""
     monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 4)
     added = []
     create = interpreter.interpreter_builder.create_atomic_rmw

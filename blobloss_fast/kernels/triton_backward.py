@@ -1,7 +1,7 @@
 """The backward pass in Triton: the volume is read once more, and the gradient is written.
 
 ``grad[v] = upstream * sum_f g[cell(v), f] f'(z_v)``, a gather without atomics; ``upstream`` is read on the device. With
-a softmax the classes' cells are added up; one of two channels, a "pair", is the sigmoid of their difference.
+a softmax the classes' cells are added up; over two channels it is the sigmoid of their difference.
 
 Bytes per voxel and channel, at fp32 logits and int32 ids: 4 + 4 read (1 to 8 more for a target), 4 written. A softmax
 of more than two channels reads logits and ids again from cache. The F coefficients of a cell come from cache:
@@ -64,7 +64,7 @@ def _backward_block(
     NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr,
     CHANNEL0: tl.constexpr, HAS_UPSTREAM: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Pointers stand at the block's first voxel: of its channel, or with a softmax or a pair of channel 0."""
+    """Pointers stand at the block's first voxel: of its channel, or with any softmax of channel 0."""
     lanes = tl.arange(0, BLOCK)
     if ACTIVATION == "softmax":
         # d z_c / d x_j = -softmax of x_j among the channels but c. With a the winner and t_c = G_c exp(largest - lo_c):
@@ -116,7 +116,7 @@ def _backward_block(
             upstream_ptr += upstream_stride_c
             row_ptr += num_cells.to(tl.int64) * NUM_FEATURES
             grad_ptr += grad_stride
-    elif ACTIVATION == "pair":
+    elif ACTIVATION == "difference":
         z = load_real(logits_ptr, lanes, remaining, TAIL)
         z = z - load_real(logits_ptr + logits_stride_c, lanes, remaining, TAIL)
         cell = load_cells(
@@ -156,7 +156,9 @@ def segment_stats_bwd_kernel(
 
     grad_stride: from one row of voxels of the gradient to the next.
     """
-    part, sample, channel = place(num_blocks, num_channels, 0, ACTIVATION == "softmax" or ACTIVATION == "pair")
+    part, sample, channel = place(
+        num_blocks, num_channels, 0, ACTIVATION == "softmax" or ACTIVATION == "difference"
+    )
     channel64 = channel.to(tl.int64)
     start = part * BLOCK
     logits_ptr += sample * logits_stride_b + channel64 * logits_stride_c + start

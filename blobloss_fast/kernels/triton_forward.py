@@ -2,22 +2,30 @@
 
 A program owns a few blocks of voxels side by side, of one (sample, channel). How many depends on the shape alone, and
 within a block the order of a sum is fixed: with the integers of ``triton_table`` the result does not depend on the
-order of the programs. A softmax of two channels is the sigmoid of their difference, a "pair"; of more than two, a
-program owns its blocks in all channels. A channel 0 that is unused has no programs.
+order of the programs. A softmax over two channels is the sigmoid of their difference, and reads both logits; over more
+than two, a program owns its blocks in all channels. A channel 0 that is unused has no programs.
 
 Two cells are kept in registers from block to block and reach the table at the end: the background, which owns nearly
 all voxels, and the first other cell that the program meets, at home there until its end. So neither a giant instance
-nor the background is ever added to more than once per program, and a block without any further cell costs one
-reduction: whether there is one. Blocks with a few are searched, smallest first; in crowded ones the rest of the voxels
-add themselves. With a softmax each channel has two such cells: their sums are reduced in every block, and kept by a
-lane.
+nor the background is ever added to more than once per program (and channel, of the first 128 of a softmax). A block of
+background alone costs one reduction: whether it is one. Others are searched for further cells, smallest first; in
+crowded ones the rest of the voxels add themselves. With a softmax over more than two channels each has two such cells:
+their sums are reduced in every block, and kept by a lane.
 
-Bytes per voxel and channel, at fp32 logits and int32 ids: 4 + 4, and 1 to 8 for a target where there is one. A pair
-reads the other logit as well, 12 bytes a voxel where channel 0 is unused, and a softmax all logits twice, the second
-time from cache. Atomics: 1 + 2 F for the background and for the home of a program (and channel), and for every further
-cell of a block. At 256^3 a program has 16 blocks, so that a cell that every program meets, as the background is, is
-added to 2,048 times: at one atomic per nanosecond and line, 14 us for the 7 numbers of Dice+CE, beside 45 us for the
-bytes of a channel on an H100. Unmeasured, as all of it; ``bench.gpu`` has rows for both kinds of softmax.
+Bytes per voxel and channel, at fp32 logits and int32 ids: 4 + 4, and 1 to 8 for a target where there is one; 12 bytes a
+voxel for a softmax over two channels of which the first is unused. What several channels read, their softmax's logits
+and a common map of ids or classes, comes from cache but for the first of them: their programs are neighbours. Atomics:
+1 + 2 F for the background and for the home of a program (and channel), and for every further cell of a block. A cell
+that every program meets, as the background is, is added to 1,024 times at 128^3 and 2,048 times at 256^3: at one atomic
+per nanosecond and line, 7 and 14 us for the 7 numbers of Dice+CE, beside 6 and 45 us for the bytes of a channel on an
+H100.
+
+Instructions, counted in the code for sm_90: in a block of background alone 42 a voxel for Dice, 94 for Dice+CE with a
+target, 87 for that with a softmax over two channels. At four per clock and multiprocessor, 1.7 GHz and 132 of them,
+2x1x256^3 take 49 us for Dice and 110 us for Dice+CE; their bytes take 89 and 101 us at 3 TB/s. So Dice is bound by the
+memory, and Dice+CE by both.
+
+All of these are estimates until ``bench.gpu`` has run, which has rows for both kinds of softmax.
 """
 
 import triton
@@ -149,12 +157,12 @@ def _valid(cell, z, ACTIVATION: tl.constexpr):
 def _load_z(
     others_ptr, x_ptr, lanes, remaining, channel, num_channels, stride_c, ACTIVATION: tl.constexpr, TAIL: tl.constexpr
 ):
-    """The logit of a voxel, at x_ptr; with a softmax against all other channels, which start at others_ptr."""
+    """The logit of a voxel, at x_ptr; with a softmax against the others: one at others_ptr, or all from there on."""
     z = load_real(x_ptr, lanes, remaining, TAIL)
     if ACTIVATION == "softmax":
         top, winner, log_rest, rest = softmax_parts(others_ptr, stride_c, lanes, remaining, num_channels, TAIL)
         z = z - log_others(z, winner == channel, top, log_rest, rest)
-    if ACTIVATION == "pair":
+    if ACTIVATION == "difference":
         z = z - load_real(others_ptr, lanes, remaining, TAIL)
     return z
 
@@ -175,7 +183,7 @@ def _sum_blocks(
     home = num_cells
     raw = load(x_ptr, lanes, remaining, TAIL)
     other = raw
-    if ACTIVATION == "pair":
+    if ACTIVATION == "difference":
         other = load(others_ptr, lanes, remaining, TAIL)
     ids, label = load_labels(cells_ptr, target_ptr, lanes, remaining, TARGET, TAIL)
     for block in range(num_blocks):
@@ -183,38 +191,42 @@ def _sum_blocks(
         if TAIL:
             next_raw = load(x_ptr + BLOCK, lanes, there, True)
             next_other = next_raw
-            if ACTIVATION == "pair":
+            if ACTIVATION == "difference":
                 next_other = load(others_ptr + BLOCK, lanes, there, True)
             next_ids, next_label = load_labels(cells_ptr + BLOCK, target_ptr + BLOCK, lanes, there, TARGET, True)
         else:  # all of it or nothing: one mask for all lanes leaves the loads 16 bytes wide
             here = tl.zeros_like(lanes) + there > 0
             next_raw = tl.load(x_ptr + BLOCK + lanes, mask=here, other=0)
             next_other = next_raw
-            if ACTIVATION == "pair":
+            if ACTIVATION == "difference":
                 next_other = tl.load(others_ptr + BLOCK + lanes, mask=here, other=0)
             next_ids = tl.load(cells_ptr + BLOCK + lanes, mask=here, other=0)
             next_label = next_ids
             if TARGET != "none":
                 next_label = tl.load(target_ptr + BLOCK + lanes, mask=here, other=0)
         z = to_real(raw)
-        if ACTIVATION == "pair":
+        if ACTIVATION == "difference":
             z = z - to_real(other)
         cell = to_cells(ids, label, lanes, remaining, channel, num_channels, num_cells, TARGET, CHANNEL0, TAIL)
         cell = _valid(cell, z, ACTIVATION)
         values = _features(z, CODES, NUM_FEATURES, ACTIVATION, GAMMA)
-        left = _other_cells(cell, home, num_cells)
-        lowest = tl.min(left, 0)
-        if lowest < num_cells:
-            home = _add_other_cells(
-                left, lowest, home, values, others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr,
-                invalid_ptr, remaining, channel, num_channels, num_cells, largest, 0, CODES, NUM_FEATURES, ACTIVATION,
-                GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
-            )
-        here = cell == 0
-        at_home = (cell == home) & (cell > 0)
-        counts += tl.where(here, 1, 0) + tl.where(at_home, 1 << 16, 0)
-        sums = _add(sums, here, values, NUM_FEATURES)
-        sums_home = _add(sums_home, at_home, values, NUM_FEATURES)
+        if tl.max((cell != 0).to(tl.int32), 0) == 0:  # background alone
+            counts += 1
+            sums = _add(sums, True, values, NUM_FEATURES)
+        else:
+            left = _other_cells(cell, home, num_cells)
+            lowest = tl.min(left, 0)
+            if lowest < num_cells:
+                home = _add_other_cells(
+                    left, lowest, home, values, others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
+                    poison_ptr, invalid_ptr, remaining, channel, num_channels, num_cells, largest, 0, CODES,
+                    NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
+                )
+            here = cell == 0
+            at_home = (cell == home) & (cell > 0)
+            counts += tl.where(here, 1, 0) + tl.where(at_home, 1 << 16, 0)
+            sums = _add(sums, here, values, NUM_FEATURES)
+            sums_home = _add(sums_home, at_home, values, NUM_FEATURES)
         others_ptr += BLOCK
         x_ptr += BLOCK
         cells_ptr += BLOCK
@@ -231,12 +243,12 @@ def _sum_blocks(
 
 @triton.jit
 def _sum_blocks_of_softmax(
-    all_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr, invalid_ptr, remaining, num_blocks,
+    others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr, poison_ptr, invalid_ptr, remaining, num_blocks,
     first, num_channels, num_cells, largest, logits_stride_c, cells_stride_c, target_stride_c, CODES: tl.constexpr,
     NUM_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, GAMMA: tl.constexpr, TARGET: tl.constexpr,
     CHANNEL0: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Pointers stand at the first voxel of so many blocks, in the first channel that has sums; all_ptr, in channel 0.
+    """Pointers stand at the first voxel of so many blocks, in the first channel that has sums; others_ptr in channel 0.
 
     What a channel adds to the table at the end is kept by a lane.
     """
@@ -250,7 +262,7 @@ def _sum_blocks_of_softmax(
     row_size = num_cells.to(tl.int64) * (1 + 3 * NUM_FEATURES)
     visited = (num_channels - first).to(tl.int64)
     for _ in range(num_blocks):
-        top, winner, log_rest, rest = softmax_parts(all_ptr, logits_stride_c, lanes, remaining, num_channels, TAIL)
+        top, winner, log_rest, rest = softmax_parts(others_ptr, logits_stride_c, lanes, remaining, num_channels, TAIL)
         for c in range(first, num_channels):
             x = load_real(x_ptr, lanes, remaining, TAIL)
             z = x - log_others(x, winner == c, top, log_rest, rest)
@@ -273,7 +285,7 @@ def _sum_blocks_of_softmax(
                 lowest = tl.min(left, 0)
                 if lowest < num_cells:
                     home = _add_other_cells(
-                        left, lowest, home, values, all_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
+                        left, lowest, home, values, others_ptr, x_ptr, cells_ptr, target_ptr, row_ptr, row_real_ptr,
                         poison_ptr, invalid_ptr, remaining, c, num_channels, num_cells, largest, logits_stride_c, CODES,
                         NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
                     )
@@ -287,7 +299,7 @@ def _sum_blocks_of_softmax(
             target_ptr += target_stride_c
             row_ptr += row_size
             row_real_ptr += row_size
-        all_ptr += BLOCK
+        others_ptr += BLOCK
         x_ptr += BLOCK - visited * logits_stride_c
         cells_ptr += BLOCK - visited * cells_stride_c
         target_ptr += BLOCK - visited * target_stride_c
@@ -329,7 +341,7 @@ def segment_stats_fwd_kernel(
     start = part * (most_blocks * BLOCK)
     others_ptr = logits_ptr + sample * logits_stride_b + start
     x_ptr = others_ptr + channel64 * logits_stride_c
-    if ACTIVATION == "pair":
+    if ACTIVATION == "difference":
         others_ptr += (1 - channel64) * logits_stride_c
     cells_ptr += sample * cells_stride_b + channel64 * cells_stride_c + start
     target_ptr += sample * target_stride_b + channel64 * target_stride_c + start

@@ -30,6 +30,7 @@ NUM_WARPS = 4
 # By compute dtype. Left alone, the assembler spills a few registers so that one program more fits on a multiprocessor.
 MAX_REGISTERS = {torch.float32: 168, torch.float64: 255}
 MOST_BLOCKS = 16  # of a program of the forward pass
+assert BLOCK * MOST_BLOCKS < 2**15, "a program counts its voxels in 16 bits"
 _MAX_CELLS = 2**26  # a row of the table must fit int32 offsets: up to 19 slots per cell
 READ_ELEMENTS = 1024
 
@@ -172,12 +173,12 @@ def _launch(
     tables: tuple[Tensor, ...], num_cells: int, division: tuple[float, ...], more_strides: tuple[int, ...],
     features: tuple[str, ...], activation: str, gamma: float, channel0: str, backward: bool, has_upstream: bool
 ) -> None:
-    """On the current device. ``programs``: per row, which is a sample and channel, or of a softmax a sample."""
+    """On the current device. ``programs``: for a row of voxels, be it of one channel or in all of them."""
     batch, channels = logits.shape[:2]
     if activation == "softmax" and channels == 2:
-        activation = "pair"  # the sigmoid of the difference
+        activation = "difference"  # of which it is the sigmoid
     rows_of_a_sample = channels - (channel0 == "unused" and not backward)
-    if activation == "softmax" or (activation == "pair" and backward):
+    if activation == "softmax" or (activation == "difference" and backward):
         rows_of_a_sample = min(rows_of_a_sample, 1)
     programs *= batch * rows_of_a_sample
     if programs == 0:

@@ -11,6 +11,8 @@ from .layout import FEATURES
 # Marks in place of a cell. Ignored: counted nowhere, gradient 0. Invalid: beyond the table, or a target that is none.
 IGNORED = tl.constexpr(-1)
 INVALID = tl.constexpr(-2)
+# What is added to it in fp32 is rounded to an integer, which its last bits then hold: 1.5 * 2^23.
+_ROUNDS = tl.constexpr(12582912.0)
 # Features by code: position in FEATURES plus 1.
 _PROB = tl.constexpr(FEATURES.index("prob") + 1)
 _PROB_SQ = tl.constexpr(FEATURES.index("prob_sq") + 1)
@@ -41,16 +43,15 @@ def load(ptr, lanes, remaining, TAIL: tl.constexpr):
 def place(programs_of_a_row, num_channels, first, ALL: tl.constexpr):
     """Which part of which sample and channel is this program's, of the channels from the first on.
 
-    ALL: the programs have a part of a sample in all these channels.
+    Neighbours have the same part in all channels. ALL: a program has it in all of them itself.
     """
-    row = tl.program_id(0) // programs_of_a_row
-    part = tl.program_id(0) - row * programs_of_a_row
-    if ALL:
-        sample = row
-        channel = row * 0 + first
-    else:
-        sample = row // (num_channels - first)
-        channel = row - sample * (num_channels - first) + first
+    at = tl.program_id(0)
+    channel = at * 0 + first
+    if not ALL:
+        at = at // (num_channels - first)
+        channel = tl.program_id(0) - at * (num_channels - first) + first
+    sample = at // programs_of_a_row
+    part = at - sample * programs_of_a_row
     return part.to(tl.int64), sample.to(tl.int64), channel
 
 
@@ -128,14 +129,8 @@ def load_cells(
 
 
 @triton.jit
-def _power_of_2(k):
-    """2^k for integers from -126 to 127, by their bits."""
-    return ((k + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def exp(x):
-    """e^x to a few ulp also where x is large; NaN stays NaN.
+    """e^x for x <= 0, to a few ulp also where x is large; NaN stays NaN. For x > 0 it may be anything.
 
     In fp32 Triton's own rounds x / log(2) once, which at x = -40 is 2e-6 of the result. Here x is reduced first: what
     is taken away, k log(2) in two parts, is exact.
@@ -143,12 +138,12 @@ def exp(x):
     if x.dtype == tl.float64:
         value = tl.exp(x)
     else:
-        x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # beyond, 0 and infinity
-        k = tl.floor(x * 1.4426950408889634 + 0.5)
-        r = (x - k * 0.693145751953125) - k * 1.428606765330187e-06
-        whole = k.to(tl.int32)
-        half = whole >> 1
-        value = tl.exp2(r * 1.4426950408889634) * _power_of_2(half) * _power_of_2(whole - half)
+        x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)  # beyond, 0
+        shifted = tl.fma(x, 1.4426950408889634, _ROUNDS)
+        k = shifted - _ROUNDS
+        r = tl.fma(k, -1.428606765330187e-06, tl.fma(k, -0.693145751953125, x))
+        bits = (shifted.to(tl.int32, bitcast=True) << 23) + ((127 + 64) << 23)  # of 2^(k + 64): k itself may be -150
+        value = tl.exp2(r * 1.4426950408889634) * bits.to(tl.float32, bitcast=True) * 5.421010862427522e-20
     return value
 
 
@@ -174,7 +169,9 @@ def prob_and_logs(z, ACTIVATION: tl.constexpr):
         smaller = e * larger
         p = tl.where(z >= 0.0, larger, smaller)
         q = tl.where(z >= 0.0, smaller, larger)
-        tail = log1p(e)
+        # log(1 + e); what the rounding of 1 + e lost is added in first order, and is all there is where e is tiny.
+        u = 1.0 + e
+        tail = tl.log(u) + (e - (u - 1.0)) * larger
         log_p = -(tl.where(z < 0.0, -z, 0.0) + tail)
         log_q = -(tl.where(z > 0.0, z, 0.0) + tail)
     return p, q, log_p, log_q
@@ -194,6 +191,8 @@ def power(log_base, EXPONENT: tl.constexpr):
     """base ** EXPONENT; exponent 0 gives 1, also for base 0."""
     if EXPONENT == 0.0:
         power = tl.where(log_base == log_base, 1.0, log_base)
+    elif EXPONENT < 0.0:
+        power = 1.0 / exp(-EXPONENT * log_base)
     else:
         power = exp(EXPONENT * log_base)
     return power
