@@ -12,11 +12,11 @@ from bench.gpu_contestants import (
     CAPACITY,
     LOSSES,
     Pass,
+    four_channels,
     missing,
     mistaken_pair,
     pair,
     pair_in_bf16,
-    pair_of_a_softmax,
     pair_of_two_channels,
 )
 from bench.gpu_labels import CONTESTS, as_tensor, noise
@@ -127,7 +127,7 @@ def the_loop(bench: Bench, bar: Bar) -> Iterator[Row]:
 OTHERS = {
     mistaken_pair: ("cc", "bicc"),
     pair_of_two_channels: ("softmax",),
-    pair_of_a_softmax: ("softmax_classes",),
+    four_channels: ("softmax_classes",),
     pair_in_bf16: ("ours",),
 }
 

@@ -81,7 +81,7 @@ def classes(size: int, count: int) -> Workload:
     return replace(rows, name=name, logits=logits, instances=ids)
 
 
-def pair_of_a_softmax(size: int, count: int) -> Workload:
+def four_channels(size: int, count: int) -> Workload:
     """Two samples with a softmax over 4 classes; the ids of the first, the background, are not looked at."""
     rows = synthetic(size, count, batch=2 * CLASSES)
     logits, ids = (tensor.view(2, CLASSES, *(size,) * 3) for tensor in (rows.logits, rows.instances))

@@ -41,6 +41,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         yield f"{shape}, compound, own target", partial(step, BlobLoss(compound, max_instances=5), **own)
         softmax = BlobLoss(compound, activation="softmax", max_instances=CAPACITY)
         yield f"{shape}, softmax of a class map", partial(step, softmax, target=mask[:, :1].long())
+        three = torch.cat([logits, logits[:, :1] * logits[:, 1:]], 1)
+        classes = mask.sum(1, keepdim=True)
+        yield f"{shape}, softmax of three classes", partial(gradient_sum, softmax, logits=three, target=classes)
         zones = CCLoss(compound, max_instances=CAPACITY, bidirectional=True)
         yield f"{shape}, zones", partial(step, zones, target=mask)
         strided = logits.transpose(2, 4).contiguous().transpose(2, 4)
@@ -48,6 +51,13 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         for connectivity in (6, 18, 26):
             yield f"{shape}, components, {connectivity}", partial(label_sum, mask, connectivity)
         yield f"{shape}, zones of ids", partial(zone_sum, ids)
+    # Programs of the forward pass with several blocks.
+    volume = (1, 3, 2, 600, 1031)
+    logits = torch.randn(volume, generator=generator).to(device)
+    ids = torch.randint(-30, 6, volume, generator=generator).to(device)
+    for activation in ("sigmoid", "softmax"):
+        loss = BlobLoss(activation=activation, max_instances=5)
+        yield f"several blocks, {activation}", partial(gradient_sum, loss, logits=logits, instances=ids)
     yield "ids below 0 alone", partial(zone_sum, torch.full((1, 1, 3, 4, 5), -1, device=device))
     for number in (0, 1):
         full = torch.full((1, 1, 9, 10, 11), number, device=device)

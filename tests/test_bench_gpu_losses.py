@@ -17,9 +17,9 @@ from bench.gpu_contestants import (
     Truth,
     classes,
     end_to_end,
+    four_channels,
     mistaken_pair,
     pair,
-    pair_of_a_softmax,
 )
 from bench.gpu_rows import MEASUREMENTS, Bench, Extra, Measurement, Row
 from bench.gpu_timing import Clock, UnmeasuredError
@@ -70,7 +70,7 @@ def test_every_class_has_a_term() -> None:
 
 def test_a_softmax_over_several_classes() -> None:
     """And that neither the ids of class 0 count nor the sigmoid of every logit would do."""
-    workload = pair_of_a_softmax(6, 3).to(torch.float64)
+    workload = four_channels(6, 3).to(torch.float64)
     workload.instances[1, 2] = 0
     step = Pass(LOSSES["softmax_classes"].prepare(workload, Clock()), workload.logits)
     step()
@@ -141,7 +141,7 @@ def test_share_of_a_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two["name"] == SOFTMAX_SHARE.format(2) and two["value"] == pytest.approx(2 * 14**3 * 12 / 100e9 / 5e-6)
     assert four["name"] == SOFTMAX_SHARE.format(4)
     assert four["value"] == pytest.approx(2 * 14**3 * (4 * 4 + 3 * 4) / 100e9 / 5e-6)
-    assert "two channels" in two["note"] and "both logits" in two["note"]
+    assert "two channels" in two["note"] and "Dice+CE" in two["note"]
     assert "2x4x14^3" in four["note"] and "arithmetic" in four["note"]
 
 

@@ -78,7 +78,7 @@ def test_losses_agree_in_double_precision(key: str) -> None:
     if key == "softmax":
         workload = two_channels(workload)
     if key == "softmax_classes":
-        workload = gpu_contestants.pair_of_a_softmax(7, 3).to(torch.float64)
+        workload = gpu_contestants.four_channels(7, 3).to(torch.float64)
     step = gpu_contestants.Pass(contestant.prepare(workload, Clock()), workload.logits)
     step()
     assert gpu_contestants.Truth(workload).check(contestant, step, "eager") <= 1e-11
