@@ -20,10 +20,10 @@ that every program meets, as the background is, is added to 1,024 times at 128^3
 per nanosecond and line, 7 and 14 us for the 7 numbers of Dice+CE, beside 6 and 45 us for the bytes of a channel on an
 H100.
 
-Instructions, counted in the code for sm_90: in a block of background alone 42 a voxel for Dice, 94 for Dice+CE with a
-target, 87 for that with a softmax over two channels. At four per clock and multiprocessor, 1.7 GHz and 132 of them,
-2x1x256^3 take 49 us for Dice and 110 us for Dice+CE; their bytes take 89 and 101 us at 3 TB/s. So Dice is bound by the
-memory, and Dice+CE by both.
+Instructions, counted in the code for sm_90: in a block of background alone 46 a voxel for Dice, 100 for Dice+CE with a
+target, 92 for that with a softmax over two channels. At four per clock and multiprocessor, 1.7 GHz and 132 of them,
+2x1x256^3 take 54 us for Dice and 117 us for Dice+CE; their bytes take 89 and 101 us at 3 TB/s. So Dice is bound by the
+memory, and Dice+CE by its arithmetic.
 
 All of these are estimates until ``bench.gpu`` has run, which has rows for both kinds of softmax.
 """
@@ -210,10 +210,7 @@ def _sum_blocks(
         cell = to_cells(ids, label, lanes, remaining, channel, num_channels, num_cells, TARGET, CHANNEL0, TAIL)
         cell = _valid(cell, z, ACTIVATION)
         values = _features(z, CODES, NUM_FEATURES, ACTIVATION, GAMMA)
-        if tl.max((cell != 0).to(tl.int32), 0) == 0:  # background alone
-            counts += 1
-            sums = _add(sums, True, values, NUM_FEATURES)
-        else:
+        if tl.max((cell != 0).to(tl.int32), 0) > 0:  # not background alone
             left = _other_cells(cell, home, num_cells)
             lowest = tl.min(left, 0)
             if lowest < num_cells:
@@ -222,11 +219,12 @@ def _sum_blocks(
                     poison_ptr, invalid_ptr, remaining, channel, num_channels, num_cells, largest, 0, CODES,
                     NUM_FEATURES, ACTIVATION, GAMMA, TARGET, CHANNEL0, BLOCK, PART, TAIL
                 )
-            here = cell == 0
             at_home = (cell == home) & (cell > 0)
-            counts += tl.where(here, 1, 0) + tl.where(at_home, 1 << 16, 0)
-            sums = _add(sums, here, values, NUM_FEATURES)
+            counts += tl.where(at_home, 1 << 16, 0)
             sums_home = _add(sums_home, at_home, values, NUM_FEATURES)
+        here = cell == 0
+        counts += tl.where(here, 1, 0)
+        sums = _add(sums, here, values, NUM_FEATURES)
         others_ptr += BLOCK
         x_ptr += BLOCK
         cells_ptr += BLOCK
