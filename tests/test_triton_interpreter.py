@@ -42,7 +42,7 @@ def too_few(folder: Path, root: Path, report: Path) -> dict[str, int]:
         del environment[name]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--import-mode=append"]
     command += [f"--junitxml={report}", *map(str, (folder / f"triton_{name}_cases.py" for name in LEAST))]
-    found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
+    found = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800)
     print(found.stdout, found.stderr, sep="\n")
     assert found.returncode == 0
     has_scipy = importlib.util.find_spec("scipy") is not None
