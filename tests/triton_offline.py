@@ -82,7 +82,8 @@ MORE_FINISHES = {
 
 def compile_kernel(kernel, case: Case, chip: int | str):
     """Compile as a launch on contiguous tensors would."""
-    compute = "fp64" if case.dtype == "fp64" else "fp32"
+    compute, dtype = ("fp64", torch.float64) if case.dtype == "fp64" else ("fp32", torch.float32)
+    warps = module.NUM_WARPS[dtype]
     types = {
         "logits_ptr": f"*{case.dtype}",
         "cells_ptr": f"*{case.cells}",
@@ -105,15 +106,14 @@ def compile_kernel(kernel, case: Case, chip: int | str):
         "CHANNEL0": case.channel0,
         "HAS_UPSTREAM": True,
         "BLOCK": module.BLOCK,
-        "PART": 32 * module.NUM_WARPS,
+        "PART": 32 * warps,
     }
     strides = {name for name in kernel.arg_names if "_stride" in name}
     divisible = {"even": {"num_voxels", *strides}, "odd": strides, "odd rows": set()}
     divisible["2^31"] = divisible["even"]
     if case.volume == "2^31":
         types |= dict.fromkeys(divisible["even"], "i64")
-    registers = module.MAX_REGISTERS[torch.float64 if case.dtype == "fp64" else torch.float32]
-    return compiled(kernel, types, constants, divisible[case.volume], module.NUM_WARPS, registers, chip)
+    return compiled(kernel, types, constants, divisible[case.volume], warps, module.MAX_REGISTERS[dtype], chip)
 
 
 def compile_reading(dtype: str, num_features: int, chip: int | str):

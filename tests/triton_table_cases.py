@@ -183,7 +183,7 @@ def test_several_blocks_of_a_softmax(monkeypatch, name, channels, channel0):
 def test_a_softmax_over_more_channels_than_a_program_has_lanes(monkeypatch):
     """Those beyond add themselves to the table block by block."""
     monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 2)
-    shape = (1, 32 * kernels.NUM_WARPS + 2, kernels.BLOCK + 7)
+    shape = (1, 32 * kernels.NUM_WARPS[torch.float32] + 2, kernels.BLOCK + 7)
     ids = random_ids(shape, -1, 2)
     ids[:, -1, :3] = 2
     compare(random_logits(shape).float(), ids, None, 3, features=("prob",), activation="softmax", channel0="unused")

@@ -7,10 +7,10 @@ than two, a program owns its blocks in all channels. A channel 0 that is unused 
 
 Two cells are kept in registers from block to block and reach the table at the end: the background, which owns nearly
 all voxels, and the first other cell that the program meets, at home there until its end. So neither a giant instance
-nor the background is ever added to more than once per program (and channel, of the first 128 of a softmax). A block of
-background alone costs one reduction: whether it is one. Others are searched for further cells, smallest first; in
-crowded ones the rest of the voxels add themselves. With a softmax over more than two channels each has two such cells:
-their sums are reduced in every block, and kept by a lane.
+nor the background is ever added to more than once per program (and channel, of as many of a softmax as a program has
+threads). A block of background alone costs one reduction: whether it is one. Others are searched for further cells,
+smallest first; in crowded ones the rest of the voxels add themselves. With a softmax over more than two channels each
+has two such cells: their sums are reduced in every block, and kept by a lane.
 
 Bytes per voxel and channel, at fp32 logits and int32 ids: 4 + 4, and 1 to 8 for a target where there is one; 12 bytes a
 voxel for a softmax over two channels of which the first is unused. What several channels read, their softmax's logits

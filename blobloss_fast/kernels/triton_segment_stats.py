@@ -25,9 +25,11 @@ from .triton_launch import Invalid, compute_dtype, divide_up, padded_stats, rows
 from .triton_table import HEAD, MOST_VOXELS, largest, read_table_kernel
 from .triton_voxel import feature_codes
 
-BLOCK = 512  # 4 voxels per thread: one 16-byte load in fp32; with 8 the wider specialisations spill registers
-NUM_WARPS = 4
-# By compute dtype. Left alone, the assembler spills a few registers so that one program more fits on a multiprocessor.
+BLOCK = 512
+# By compute dtype: a thread has 4 voxels, or 2 in double, one 16-byte load of logits; with twice as many the wider
+# specialisations spill registers.
+NUM_WARPS = {torch.float32: 4, torch.float64: 8}
+# Left alone, the assembler spills a few registers so that one program more fits on a multiprocessor.
 MAX_REGISTERS = {torch.float32: 168, torch.float64: 255}
 MOST_BLOCKS = 16  # of a program of the forward pass
 assert BLOCK * MOST_BLOCKS < 2**15, "a program counts its voxels in 16 bits"
@@ -213,9 +215,9 @@ def _static(
         "TARGET": target,
         "CHANNEL0": channel0,
         "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
+        "num_warps": NUM_WARPS[dtype],
         "enable_fp_fusion": False,  # the compensated log1p must not be simplified
-        **({"HAS_UPSTREAM": has_upstream} if backward else {"PART": 32 * NUM_WARPS}),
+        **({"HAS_UPSTREAM": has_upstream} if backward else {"PART": 32 * NUM_WARPS[dtype]}),
         **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS[dtype]}),  # an option that only CUDA's backend knows
     }
 
