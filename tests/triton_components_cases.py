@@ -22,7 +22,8 @@ from triton.runtime import interpreter
 
 from blobloss_fast.kernels import triton_components as kernels
 
-from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
+from .quick_interpreter import quick_interpreter  # noqa: F401
+from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 
 ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed: it is the truth of the labels")
 # As in triton_interpreter_cases.py.

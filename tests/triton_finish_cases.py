@@ -21,9 +21,9 @@ from blobloss_fast.kernels import triton_coefficients, triton_finish
 from blobloss_fast.kernels.layout import MASKINGS, ZONES, features_of
 from blobloss_fast.kernels.triton_table import HEAD
 
+from .quick_interpreter import quick_interpreter  # noqa: F401
 from .test_native_finish import CHANGES, COMPOUND, by_id, random_table, spec_of
 from .test_native_finish_domains import EMPTY, REDUCTIONS
-from .triton_interpreter_cases import patch_the_language_once_per_launch  # noqa: F401
 
 # As in triton_interpreter_cases.py.
 pytestmark = [

@@ -21,7 +21,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
 from blobloss_fast.kernels import reference
 from blobloss_fast.kernels import triton_segment_stats as kernels
@@ -29,6 +28,7 @@ from blobloss_fast.kernels.layout import FEATURES
 from blobloss_fast.kernels.triton_table import UNIT
 from blobloss_fast.kernels.triton_voxel import exp, log1p
 
+from .quick_interpreter import quick_interpreter  # noqa: F401
 from .scenes import random_logits
 from .test_segment_stats import (  # noqa: F401  the same tests on this backend: they ask for the fixture below
     test_an_unused_channel_0_of_a_softmax_is_not_read_where_the_others_are_ignored,
@@ -62,30 +62,6 @@ HALVES = (torch.float16, torch.bfloat16)
 @pytest.fixture
 def backend() -> ModuleType:
     return kernels
-
-
-@pytest.fixture(autouse=True, scope="session")
-def patch_the_language_once_per_launch():
-    """The interpreter patches triton.language at every call of a device function: two thirds of these tests' time."""
-    function, launcher = interpreter.InterpretedFunction, interpreter.GridExecutor
-    call, launch, patched = function.__call__, launcher.__call__, set()
-
-    def launch_anew(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    def call_patched(self, *args, **kwargs):
-        module = id(self.fn.__globals__)
-        if module in patched:
-            return self.rewrite()(*args, **kwargs)
-        patched.add(module)
-        return call(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if hasattr(function, "rewrite"):
-            patch.setattr(launcher, "__call__", launch_anew)
-            patch.setattr(function, "__call__", call_patched)
-        yield
 
 
 @pytest.fixture(autouse=True)

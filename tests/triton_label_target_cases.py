@@ -19,8 +19,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from blobloss_fast.kernels import labels
 from blobloss_fast.kernels import triton_components as kernels
 
+from .quick_interpreter import quick_interpreter  # noqa: F401
 from .triton_components_cases import random_mask, scan_at_once, scipys  # noqa: F401
-from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
+from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 from .triton_launcher_cases import Operations, Quietly
 
 # As in triton_interpreter_cases.py.

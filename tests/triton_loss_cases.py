@@ -19,9 +19,10 @@ from blobloss_fast.kernels import reference, triton_components, triton_finish, t
 
 from . import oracle_zones, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, check, translated, value_and_gradient
+from .quick_interpreter import quick_interpreter  # noqa: F401
 from .test_native_finish import spec_of
 from .tolerances import assert_fp64
-from .triton_interpreter_cases import nothing_invalid_left_behind, patch_the_language_once_per_launch  # noqa: F401
+from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 from .triton_launcher_cases import Operations, Quietly, SeeInside
 
 # As in triton_interpreter_cases.py.

@@ -23,6 +23,7 @@ from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels import triton_table
 from blobloss_fast.kernels.triton_table import add_sums, read_stats
 
+from .quick_interpreter import quick_interpreter  # noqa: F401
 from .scenes import random_logits
 from .test_out_of_range import (  # noqa: F401  the same tests on this backend: they ask for the fixture below
     test_a_whole_volume_of_one_such_logit,
@@ -32,7 +33,6 @@ from .test_out_of_range import (  # noqa: F401  the same tests on this backend: 
 from .triton_interpreter_cases import (  # noqa: F401
     compare,
     nothing_invalid_left_behind,
-    patch_the_language_once_per_launch,
     random_ids,
 )
 

@@ -21,10 +21,8 @@ from triton.runtime import interpreter
 
 from blobloss_fast.kernels import triton_zones as kernels
 
-from .triton_interpreter_cases import (  # noqa: F401  fixtures that run by themselves
-    nothing_invalid_left_behind,
-    patch_the_language_once_per_launch,
-)
+from .quick_interpreter import quick_interpreter  # noqa: F401
+from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 from .triton_launcher_cases import Quietly, RefuseSynchronisation
 from .zones_brute_force import batch, brute_force, volume
 
