@@ -1,6 +1,6 @@
-"""Triton's interpreter without the work that it does again and again: a third of its time, and the same arithmetic.
+"""Triton's interpreter without what it does about types and shapes again and again, which takes longer than the rest.
 
-All of it is about types and shapes, never about values. What a version of Triton does otherwise is left to it.
+Never about values: these it computes as before. What a version of Triton does otherwise is left to it.
 """
 
 from __future__ import annotations
