@@ -5,9 +5,19 @@ import pytest
 pytest.register_assert_rewrite("tests.blob_loss_checks", "tests.tolerances")
 
 
+# Takes minutes, the longest first.
+LONG = (
+    "test_kernels_in_the_interpreter",
+    "test_triton_offline.py",
+    "test_triton_offline_labels.py",
+    "test_triton_offline_zones.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the one that takes minutes: of several processes, none then waits for another at the end."""
-    items.sort(key=lambda item: item.name != "test_kernels_in_the_interpreter")
+    """Begin with what takes minutes: of several processes, none then waits for another at the end, and as work is
+    taken over from a process's end, each table of compiled kernels is made by one process, not by two."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
 
 
 @pytest.fixture(params=["native", "reference"])

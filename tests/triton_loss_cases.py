@@ -59,8 +59,7 @@ def test_cuda_tensors_are_registered_for_triton():
 @pytest.mark.parametrize("masking", scenes.MASKINGS)
 @pytest.mark.parametrize("activation", scenes.ACTIVATIONS)
 def test_value_and_gradient_against_the_oracle(activation, masking):
-    """With other scenes in every mode: the kernels of the volume do not know it."""
-    for scene in scenes.every_scene(activation)[7 * scenes.MASKINGS.index(masking) :: 27]:
+    for scene in scenes.every_scene(activation)[::9]:
         check(scene, criterion=COMPOUND, masking=masking)
 
 
