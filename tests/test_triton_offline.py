@@ -23,7 +23,7 @@ def label(row: dict) -> str:
 def test_everything_was_compiled(compiled):
     assert {row["sm"] for row in compiled} == {80, 90, 100}
     assert {row["pass"] for row in compiled} == {"fwd", "bwd", "finish", "read"}
-    assert len(compiled) == len({label(row) for row in compiled}) == 3 * (2 * 9 + 7 + 2) + 2 * 10 + 3
+    assert len(compiled) == len({label(row) for row in compiled}) == 3 * (2 * 12 + 7 + 2) + 2 * 7 + 3
 
 
 def test_no_spills(compiled):

@@ -43,13 +43,13 @@ CASES = {
     "difference dice+bce fp32, channel 0 unused": Case("fp32", DICE_BCE, "difference", channel0="unused"),
     "sigmoid all features fp32 target": Case("fp32", FEATURES, gamma=2.0, target="u8"),
     "sigmoid all features fp64 target": Case("fp64", FEATURES, gamma=2.0, target="u8"),
+    "difference all features fp32 target": Case("fp32", FEATURES, "difference", 2.0, "u8"),
+    "none all features fp32": Case("fp32", FEATURES, "none", 2.0),
+    "sigmoid focal fp32": Case("fp32", ("focal_pos", "focal_neg"), gamma=2.0),
     "sigmoid dice fp32, 2^31 voxels": Case("fp32", DICE, volume="2^31"),
 }
 # Compiled for one chip: what the first ones leave out.
 MORE = {
-    "difference all features fp32 target": Case("fp32", FEATURES, "difference", 2.0, "u8"),
-    "none all features fp32": Case("fp32", FEATURES, "none", 2.0),
-    "sigmoid focal fp32": Case("fp32", ("focal_pos", "focal_neg"), gamma=2.0),
     "sigmoid dice fp32, odd": Case("fp32", DICE, volume="odd"),
     "sigmoid dice fp32, odd rows": Case("fp32", DICE, volume="odd rows"),
     "sigmoid dice fp16, bytes": Case("fp16", DICE, cells="i8"),
