@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import triton.language as tl
@@ -14,8 +15,8 @@ from triton.language import semantic
 from triton.runtime import interpreter
 
 
-@pytest.fixture(autouse=True, scope="module")  # by each file that imports it: of the session, it would come in layers
-def quick_interpreter() -> Iterator[None]:
+@contextmanager
+def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(interpreter.InterpretedFunction, "rewrite"):
             patch_the_language_once_per_launch(patch)
@@ -24,6 +25,12 @@ def quick_interpreter() -> Iterator[None]:
         keep_shapes(patch)
         if hasattr(semantic, "TritonSemantic"):
             pass_equal_shapes_through(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")  # by each file that imports it: of the session, it would come in layers
+def quick_interpreter() -> Iterator[None]:
+    with quick():
         yield
 
 
