@@ -22,8 +22,8 @@ H100.
 
 Instructions, counted by hand in the disassembly for sm_90 by Triton 3.9, along the path of a block of background alone:
 46 a voxel for Dice, 100 for Dice+CE with a target, 92 for that with a softmax over two channels. At four per clock and
-multiprocessor, 1.7 GHz and 132 of them, 2x1x256^3 take 54 us for Dice and 117 us for Dice+CE; their bytes take 89 and
-101 us at 3 TB/s. So Dice is bound by the memory, and Dice+CE by its arithmetic.
+multiprocessor, 1.7 GHz and 132 of them, 2x1x256^3 take 54, 117 and 107 us; their bytes take 89, 101 and 134 us at 3
+TB/s. So Dice and the softmax are bound by the memory, and Dice+CE with a target by its arithmetic.
 
 All of these are estimates until ``bench.gpu`` has run, which has rows for both kinds of softmax.
 """

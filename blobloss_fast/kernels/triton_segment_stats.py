@@ -7,8 +7,8 @@ more. Nothing is ever copied to the host, and nothing waits.
 Full blocks and the tail of a row run the same code compiled twice: only without a mask on the loads does the compiler
 move 16 bytes per instruction (8 of half precision, 4 of ids of one byte: four voxels). Where there are several rows
 whose length is not divisible by 16, no such access is possible, and every voxel is read alone. Shapes and strides are
-run-time arguments, so a new patch size never compiles again; what is static is the meaning: features, activation,
-gamma, what a target is.
+run-time arguments: a new patch size compiles again only where Triton tells them apart, by whether they are divisible by
+16, are 1, or need 64 bits. What is static is the meaning: features, activation, gamma, what a target is.
 """
 
 import functools

@@ -11,8 +11,9 @@ feature a sum in three slots:
 Range: what is added is a sum over n voxels, and goes into the integers only if it is at most n * 2^46 / V, of V voxels
 in a sample and class. Then ``high`` stays below 2^63 and, up to ``MOST_VOXELS``, so does ``low``, in whatever portions
 the voxels come: nothing ever wraps. At 2^31 voxels the limit is 32,768 a voxel, at 2^24 it is 4.2 million, which is a
-negative log-likelihood of logits as large. Where several sums beyond it meet in a cell, and only there, the order of
-their addition is left to chance, and with it the last bit of a double.
+negative log-likelihood of logits as large, and the focal loss's is no larger. A probability and its square, at most 1,
+are never beyond it. No feature is below 0, and so there is no limit from below. Where several sums beyond it meet in a
+cell, and only there, the order of their addition is left to chance, and with it the last bit of a double.
 
 Resolution: an addition is off by at most 2^-46, 1.4e-14. That is 1e-8 of a lone 1e-6, and less than the last bit of a
 float32 for anything larger.
