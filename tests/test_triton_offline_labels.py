@@ -79,6 +79,10 @@ def test_atomics(compiled):
             assert row["atomics"] == atomics, label(row)
 
 
+def test_shared_memory_limits_nothing(compiled):
+    assert not [label(row) for row in compiled if row["shared"] > 16 * 1024]
+
+
 def test_joins_load_parents_past_the_first_level_cache_and_store_nothing(compiled):
     """Parents that other multiprocessors have made are seen in time: a load for either side of a thread's 4 voxels."""
     for row in cases(compiled, "join"):

@@ -61,5 +61,9 @@ def test_a_row_is_loaded_once_for_a_tile(compiled):
             assert row["stg"] == TILE, label(row)
 
 
+def test_shared_memory_limits_nothing(compiled):
+    assert not [label(row) for row in compiled if row["shared"] > 16 * 1024]
+
+
 def test_no_atomics(compiled):
     assert not [label(row) for row in compiled if row["atomics"]]

@@ -29,8 +29,9 @@ class Case(NamedTuple):
     cells: str = "i32"
     channel0: str = "class"
     # A row's number of voxels is divisible by 16, unless "odd": by nothing, of one row, or "odd rows": of several.
-    # "2^31": offsets need 64 bits.
+    # "2^31": offsets need 64 bits. "one": a row is a voxel, and what is 1 Triton makes a constant.
     volume: str = "even"
+    upstream: bool = True  # whether the gradient is multiplied by an incoming one
 
 
 DICE, DICE_BCE = ("prob",), ("prob", "nll_pos", "nll_neg")
@@ -48,10 +49,15 @@ CASES = {
     "sigmoid focal fp32": Case("fp32", ("focal_pos", "focal_neg"), gamma=2.0),
     "sigmoid dice fp32, 2^31 voxels": Case("fp32", DICE, volume="2^31"),
 }
-# Compiled for one chip: what the first ones leave out.
+# Compiled for one chip: what the first ones leave out. Counts alone, of the forward pass, are what weights are made of.
 MORE = {
     "sigmoid dice fp32, odd": Case("fp32", DICE, volume="odd"),
     "sigmoid dice fp32, odd rows": Case("fp32", DICE, volume="odd rows"),
+    "sigmoid dice fp32, one": Case("fp32", DICE, volume="one"),
+    "sigmoid dice+bce fp32, no upstream": Case("fp32", DICE_BCE, upstream=False),
+    "sigmoid counts fp32": Case("fp32", ()),
+    "softmax counts fp32, channel 0 unused": Case("fp32", (), "softmax", channel0="unused"),
+    "difference counts fp32, channel 0 unused": Case("fp32", (), "difference", channel0="unused"),
     "sigmoid dice fp16, bytes": Case("fp16", DICE, cells="i8"),
     "softmax dice+bce fp16, channel 0 unused": Case("fp16", DICE_BCE, "softmax", channel0="unused"),
     "softmax dice+bce fp32 class map, channel 0 background": Case(
@@ -74,6 +80,7 @@ FINISHES = {
     "all features fp64 target instances, backward": ("fp64", 6, True, False, "apart", "instances", False),
 }
 MORE_FINISHES = {
+    "counts fp32": ("fp32", 0, False, False, "apart", "mean", True),
     "dice fp32 none": ("fp32", 1, False, False, "apart", "none", True),
     "dice+bce fp32 target sum": ("fp32", 3, True, False, "apart", "sum", True),
     "dice+bce fp64 zones weights instances": ("fp64", 3, True, True, "zones", "instances", True),
@@ -104,15 +111,17 @@ def compile_kernel(kernel, case: Case, chip: int | str):
         "GAMMA": case.gamma,
         "TARGET": case.meaning if case.target else "none",
         "CHANNEL0": case.channel0,
-        "HAS_UPSTREAM": True,
+        "HAS_UPSTREAM": case.upstream,
         "BLOCK": module.BLOCK,
         "PART": 32 * warps,
     }
     strides = {name for name in kernel.arg_names if "_stride" in name}
-    divisible = {"even": {"num_voxels", *strides}, "odd": strides, "odd rows": set()}
+    divisible = {"even": {"num_voxels", *strides}, "odd": strides, "odd rows": set(), "one": set()}
     divisible["2^31"] = divisible["even"]
     if case.volume == "2^31":
         types |= dict.fromkeys(divisible["even"], "i64")
+    if case.volume == "one":
+        constants |= dict.fromkeys(("num_voxels", *(name for name in strides if not name.endswith("_b"))), 1)
     return compiled(kernel, types, constants, divisible[case.volume], warps, module.MAX_REGISTERS[dtype], chip)
 
 
@@ -174,6 +183,7 @@ def rows(chips: tuple[int | str, ...]) -> list[dict]:
         for name, kernel in VOLUME.items()
         for several, some in ((cases, chips), ({} if on_hip else MORE, one))
         for case, meaning in several.items()
+        if meaning.features or name == "fwd"
     ]
     jobs += [("finish", case, partial(compile_finish, case), chips) for case in FINISHES]
     jobs += [("finish", case, partial(compile_finish, case), one) for case in MORE_FINISHES]
