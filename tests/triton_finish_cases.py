@@ -19,11 +19,12 @@ from blobloss_fast import criteria
 from blobloss_fast.kernels import finish as pytorch
 from blobloss_fast.kernels import triton_coefficients, triton_finish
 from blobloss_fast.kernels.layout import MASKINGS, ZONES, features_of
-from blobloss_fast.kernels.triton_table import HEAD
+from blobloss_fast.kernels.triton_table import HEAD, UNIT
 
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .test_native_finish import CHANGES, COMPOUND, by_id, random_table, spec_of
 from .test_native_finish_domains import EMPTY, REDUCTIONS
+from .test_out_of_range import RIGHT, SPOILED, WRONG, check_finish_of_2_31_voxels
 
 # As in triton_interpreter_cases.py.
 pytestmark = [
@@ -44,7 +45,7 @@ def filled(counts: Tensor, sums: Tensor, room: int, numbers: Tensor) -> Tensor:
     """A table as the forward pass leaves it."""
     stats = [counts.double().long()]
     for values in sums.double().unbind(-1):
-        finite = torch.where(values.isfinite() & (values < 2.0**40), values, 0.0)
+        finite = torch.where(values.isfinite() & (values < 2.0**46), values, 0.0)
         high = (finite * 2.0**16).floor()
         low = ((finite - high * 2.0**-16) * 2.0**46).round()
         stats += [high.long(), low.long(), (values - finite).view(torch.int64)]
@@ -72,18 +73,25 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
     assert not off.numel() or float(off.max()) <= bound, f"{what}: {float(off.max()):.3g}"
 
 
-def check(counts: Tensor, sums: Tensor, features, has_target: bool, spec, weights, dtype=torch.float64) -> None:
-    counts, sums = counts.contiguous(), in_units(sums)
+def finish(
+    counts: Tensor, sums: Tensor, features, has_target: bool, spec, weights, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, counts and what is saved, from a table that is filled with these."""
     batch, channels, num_cells = counts.shape
     slots = triton_finish.Slots.of(batch * channels, num_cells // (1 + has_target) - 1, len(features))
     logits = torch.empty(batch, channels, dtype=dtype)
     criterion = triton_finish.coefficients_of(spec, channels, features, logits.device)
     table = filled(counts, sums, slots.doubles, criterion.numbers)
-    weights_there = None if weights is None else weights.to(dtype)
-    value, found, saved = triton_finish.finish(
+    return triton_finish.finish(
         *(table.view(torch.int64), table, num_cells, slots, criterion, logits),
-        *(features, has_target, spec, weights_there),
+        *(features, has_target, spec, weights),
     )
+
+
+def check(counts: Tensor, sums: Tensor, features, has_target: bool, spec, weights, dtype=torch.float64) -> None:
+    counts, sums = counts.contiguous(), in_units(sums)
+    weights_there = None if weights is None else weights.to(dtype)
+    value, found, saved = finish(counts, sums, features, has_target, spec, weights_there, dtype)
     about = f"of {spec.reduction}, {spec.masking}, target {has_target}, {spec.channel0}"
     truth, expected = pytorch.finish(counts, sums, features, has_target, spec, weights)
     assert torch.equal(found, counts), about
@@ -172,3 +180,31 @@ def test_coefficients_are_made_once_whatever_the_weights_of_the_terms():
     for weight in (1.0, 0.5, 0.25):
         check(*table, features, False, spec._replace(main_weight=weight, blob_weight=1 - weight / 2), None)
     assert triton_coefficients.coefficients.cache_info().misses == 1
+
+
+class Finish:
+    """The interface of the other modules, with a table in between."""
+
+    @staticmethod
+    def finish(counts: Tensor, sums: Tensor, features, has_target: bool, spec) -> tuple[Tensor, Tensor]:
+        value, _, saved = finish(counts, sums, features, has_target, spec, None, sums.dtype)
+        return value, saved
+
+    @staticmethod
+    def finish_backward(grad: Tensor, counts: Tensor, saved: Tensor, features, has_target: bool, spec) -> Tensor:
+        if spec.reduction == "instances":
+            return triton_finish.finish_backward(grad, counts, saved, features, has_target, spec, None)
+        return grad * saved  # as the volume's backward pass does
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize(
+    ("masking", "background"),
+    [("exclude", RIGHT), ("exclude", WRONG), ("none", RIGHT), ("none", WRONG), (ZONES, RIGHT)],
+    ids=["exclude-right", "exclude-wrong", "none-right", "none-wrong", ZONES],
+)
+@pytest.mark.parametrize("criterion", ["bce", "dice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_2_31_voxels(dtype, criterion, masking, background, spoiled):
+    """1e4 for each of them lies in the table's integers still."""
+    check_finish_of_2_31_voxels(Finish, dtype, criterion, masking, background, spoiled, UNIT)

@@ -6,6 +6,7 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -14,11 +15,11 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
-from blobloss_fast import BlobLoss, CCLoss, _ops, compute, connected_components, criteria
+from blobloss_fast import BlobLoss, CCLoss, _ops, compute, connected_components, criteria, segment_stats
 from blobloss_fast.kernels import reference, triton_components, triton_finish, triton_segment_stats, triton_zones
 
 from . import oracle_zones, scenes
-from .blob_loss_checks import COMPOUND, CRITERIA, check, translated, value_and_gradient
+from .blob_loss_checks import COMPOUND, CRITERIA, check, random_grad, translated, value_and_gradient
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .test_native_finish import spec_of
 from .tolerances import assert_fp64
@@ -30,6 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
+# Logits and ids that are read as they are.
+NARROW = ((torch.bfloat16, torch.int8), (torch.float16, torch.int16), (torch.float32, torch.uint8))
 FORWARD, BACKWARD = ("segment_stats_fwd_kernel", "finish_kernel"), ("segment_stats_bwd_kernel",)
 
 
@@ -63,6 +66,22 @@ def test_value_and_gradient_against_the_oracle(activation, masking):
         check(scene, criterion=COMPOUND, masking=masking)
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_a_value_for_every_sample_and_channel_against_the_oracle(activation):
+    """And its gradient, which comes in as [B, C], whatever the strides of that."""
+    for channels, prop in ((1, "plain"), (2, "disagree"), (3, "ignored")):
+        scene = scenes.scene(2, channels, prop, activation)
+        check(scene, criterion=COMPOUND, reduction="none")
+    logits = scene.logits.clone().requires_grad_()
+    value = BlobLoss(**scene.options, reduction="none")(logits, scene.target, scene.instances)
+    assert value.shape == (2, 3)
+    wide = random_grad((3, 4))
+    for incoming in (wide[:, :2].mT, wide[:2, 1:], wide[:2, :1].expand(2, 3), wide[0, :3].expand(2, 3)):
+        assert incoming.stride() != value.stride()
+        found = [torch.autograd.grad(value, logits, g, retain_graph=True)[0] for g in (incoming, incoming.contiguous())]
+        assert torch.equal(*found)
+
+
 def test_two_launches_forward_and_one_backward(launches):
     """Beside the clearing of the table, which is a call of PyTorch's."""
     scene = scenes.scene(3, 1, "plain")
@@ -78,19 +97,21 @@ def test_two_launches_forward_and_one_backward(launches):
     ("reduction", "again"), [("mean", []), ("none", []), ("terms", ["empty_like", "zeros"]), ("instances", ["zeros"])]
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_else_a_step_asks_of_pytorch(launches, device, reduction, again):
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.int32), *NARROW], ids=str)
+def test_what_else_a_step_asks_of_pytorch(launches, dtypes, device, reduction, again):
     """One clearing forward, and memory: no copy, nothing that would wait. Where the gradient has to wait for the
     weights of several values, the table is finished, and so cleared, once more. On "meta" there is no data.
     """
     spec = spec_of(criteria.dice(), criteria.dice(), reduction, channel0="class")
-    logits, ids = torch.zeros(2, 1, 3, 4, device=device), torch.ones(2, 1, 3, 4, dtype=torch.int32, device=device)
+    logits, ids = (torch.ones(2, 1, 3, 4, dtype=dtype, device=device) for dtype in dtypes)
     step = triton_segment_stats.blob_loss, triton_segment_stats.blob_loss_backward
     step[0](logits, ids, None, None, 3, ("prob",), spec)  # makes the coefficients on the device
     launches.clear()
     with Operations() as mode:
         value, counts, saved = step[0](logits, ids, None, None, 3, ("prob",), spec)
         forward, mode.called = mode.called, []
-        step[1](torch.ones_like(value), logits, ids, None, None, counts, saved, ("prob",), spec)
+        grad = step[1](torch.ones_like(value), logits, ids, None, None, counts, saved, ("prob",), spec)
+    assert grad.dtype == logits.dtype
     harmless = {"view", "detach"}
     assert sorted(set(forward) - harmless) == ["empty", "zeros"]
     assert forward.count("zeros") == 1
@@ -137,7 +158,7 @@ def test_cc_loss_from_a_target_against_the_oracle(all_of_it, activation, options
         assert_fp64(ours[1], truth[1], scene.name)
 
 
-BICC = partial(CCLoss, bidirectional=True)
+BICC, SOFTMAX = partial(CCLoss, bidirectional=True), partial(BlobLoss, activation="softmax")
 # What PyTorch launches besides: it clears the list of tiles with foreground, and the table.
 CLEARS = ["zeros", "zeros"]
 IN_ZONES = [*CLEARS, "gt"]  # the target is where there are instances
@@ -182,6 +203,91 @@ def test_a_loss_from_a_bare_mask_never_waits(all_of_it, monkeypatch, name, devic
     assert len(all_of_it) == launched + backward
     assert mode.take_kernels() == ["ones_like", *["add"] * (backward - 1)]
     assert logits.grad.shape == logits.shape
+
+
+def one_step(call, logits) -> tuple[torch.Tensor, list[str], list[str]]:
+    """The gradient of all that `call` returns, and PyTorch's operations forward and backward; nothing may wait."""
+    with SeeInside():
+        call(logits)  # makes the flag of the device, and coefficients
+    with Operations() as mode:
+        values = call(logits)
+    forward, values = mode.take_kernels(), values if isinstance(values, tuple) else (values,)
+    incoming = [torch.ones_like(value) for value in values]
+    with mode:
+        (grad,) = torch.autograd.grad(values, logits, incoming)
+    assert {value.device for value in values} == {logits.device}
+    return grad, forward, mode.take_kernels()
+
+
+OF_INSTANCES = [*("zeros", "arange", "gt", "scalar_tensor", "where")]
+# With ids, three channels: the module, how it is called, and PyTorch's operations forward and backward.
+WITH_IDS = {
+    "ids": (BlobLoss, lambda f, x, y, ids: f(x, instances=ids), ["zeros"], []),
+    "and target": (BlobLoss, lambda f, x, y, ids: f(x, y, ids), ["zeros"], []),
+    "and ignore_index": (
+        partial(BlobLoss, ignore_index=scenes.IGNORE), lambda f, x, y, ids: f(x, y, ids),
+        ["eq", "scalar_tensor", "where", "zeros"], [],
+    ),
+    "and class map": (SOFTMAX, lambda f, x, y, ids: f(x, y[:, :1], ids), ["zeros"], []),
+    "class map alone": (SOFTMAX, lambda f, x, y, ids: f(x, y[:, :1]), CLEARS, []),
+    "background class": (
+        partial(SOFTMAX, include_background=True), lambda f, x, y, ids: f(x, instances=ids),
+        [*("clone", "gt", "gt", "any", "bitwise_not", "copy_", "lt", "all", "masked_fill_"), "zeros"], [],
+    ),
+    "none": (partial(BlobLoss, reduction="none"), lambda f, x, y, ids: f(x, y, ids), ["zeros"], []),
+    "terms": (BlobLoss, lambda f, x, y, ids: f.terms(x, instances=ids), ["zeros"], ["stack", "zeros"]),
+    "instances": (BlobLoss, lambda f, x, y, ids: f.instance_losses(x, instances=ids)[0], OF_INSTANCES, ["zeros"]),
+    "cc": (CCLoss, lambda f, x, y, ids: f(x, instances=ids), ["gt", "zeros"], []),
+    "cc terms": (CCLoss, lambda f, x, y, ids: f.terms(x, y, ids), ["zeros"], ["stack", "zeros"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_a_loss_from_ids_never_waits(all_of_it, name, device):
+    loss, call, forward, backward = WITH_IDS[name]
+    scene, module = scenes.scene(1, 3, "disagree"), loss(max_instances=12)
+    logits, target, ids = (tensor[:1].to(device) for tensor in (scene.logits, scene.target, scene.instances))
+    grad, *found = one_step(lambda x: call(module, x, target, ids), logits.requires_grad_())
+    assert found == [forward, backward]
+    assert grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtypes", NARROW, ids=str)
+def test_narrow_volumes_are_read_as_they_are(dtypes, device):
+    logits, ids = (torch.ones(2, 1, 3, 4, dtype=dtype, device=device) for dtype in dtypes)
+    module, logits = BlobLoss(max_instances=3), logits.requires_grad_()
+    for target in (None, ids, ids > 0):
+        assert one_step(lambda x, y=target: module(x, y, ids), logits)[1:] == (["zeros"], [])
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(all_of_it, monkeypatch):
+    """Whichever is the current one. What lies in pinned memory, which is on "cpu", does not decide."""
+    inside, found = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    def launch(quietly, grid):
+        return lambda *args, **kwargs: found.append((quietly.kernel.fn.__name__, args[0].device, *inside))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(Quietly, "__getitem__", launch)
+    logits = torch.zeros(1, 1, 3, 4, 5, device="meta", requires_grad=True)
+    mask = torch.ones_like(logits, requires_grad=False)
+    with SeeInside():
+        module = BICC(max_instances=2)
+        module(logits, mask).backward()
+        sum(module.terms(logits, mask)).backward()
+        segment_stats(logits, mask.long(), 2)[1].sum().backward()
+    modules = triton_segment_stats, triton_finish, triton_components, triton_zones
+    every = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {launched[0] for launched in found} == every
+    assert {launched[1:] for launched in found} == {(torch.device("meta"), torch.device("meta"))}
 
 
 def assert_loud(loss, logits, mask) -> None:

@@ -6,8 +6,11 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from triton.runtime import interpreter
 from blobloss_fast import BlobLoss, _ops, criteria
 from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels import triton_table
+from blobloss_fast.kernels.triton_launch import rows
 from blobloss_fast.kernels.triton_table import add_sums, read_stats
 
 from .quick_interpreter import quick_interpreter  # noqa: F401
@@ -78,11 +82,12 @@ def added(value: float, one: float, times: int, count: int, voxels: int) -> list
     return out.tolist()
 
 
-def test_2_31_voxels_of_1e4_beside_a_lone_millionth():
+@pytest.mark.parametrize("value", [1e4, -1e4])
+def test_2_31_voxels_of_1e4_beside_a_lone_millionth(value):
     voxels, block = 2**31, 2**21
-    (count, total), (_, alone) = added(1e4 * block, 1e-6, voxels // block, block, voxels)
+    (count, total), (_, alone) = added(value * block, 1e-6, voxels // block, block, voxels)
     assert count == voxels
-    assert total == 1e4 * voxels
+    assert total == value * voxels
     assert abs(alone - 1e-6) < 1e-14
 
 
@@ -100,6 +105,20 @@ def test_nothing_wraps_at_the_limit_and_what_lies_beyond_is_added_as_it_is(log_v
     assert (total, other) == (float("inf"), 0.5)
     (_, total), (_, other) = added(float("nan"), 0.5, 3, 1, voxels)
     assert total != total and other == 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_no_voxel_adds_less_than_nothing(channels):
+    """As -inf would: that is no larger than the limit, and no integer either."""
+    far = torch.tensor([0.0, 1e-8, 0.1, 1.0, 16.0, 17.0, 88.0, 89.0, 1e4, 1e9, 3e38, float("inf")])
+    logits = torch.cat([far, -far]).repeat(channels, 1)
+    logits[1:] = 0.5 * logits[1:].roll(1, -1)
+    ids = torch.arange(24, dtype=torch.int32).expand(1, channels, -1)
+    features = ("prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg")
+    options = ("sigmoid" if channels == 1 else "softmax", 2.0, "class")
+    _, sums = kernels.segment_stats_forward(logits[None], ids, None, 24, features, *options)
+    assert ((sums >= 0) | sums.isnan()).all()
+    assert sums.isfinite().float().mean() > 0.8
 
 
 def test_low_does_not_wrap_either():
@@ -189,22 +208,43 @@ def test_a_softmax_over_more_channels_than_a_program_has_lanes(monkeypatch):
     compare(random_logits(shape).float(), ids, None, 3, features=("prob",), activation="softmax", channel0="unused")
 
 
-@pytest.mark.parametrize("name", ["background", "home"])
-@pytest.mark.parametrize("channels", [2, 3])
-def test_a_cell_of_all_voxels_is_added_to_once_per_program_and_channel(monkeypatch, channels, name):
-    """No hot address: what a table slot receives does not grow with the blocks of a program."""
-    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 4)
-    added = []
+@pytest.fixture
+def additions(monkeypatch) -> list[int]:
+    """How many numbers the atomics of the interpreter add, one after the other."""
+    found = []
     create = interpreter.interpreter_builder.create_atomic_rmw
 
     def counted(op, ptr, val, mask, *rest):
-        added.append(int(mask.data.sum()))
+        found.append(int(mask.data.sum()))
         return create(op, ptr, val, mask, *rest)
 
     monkeypatch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["background", "home"])
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_cell_of_all_voxels_is_added_to_once_per_program_and_channel(monkeypatch, additions, channels, name):
+    """No hot address: what a table slot receives does not grow with the blocks of a program."""
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 4)
     ids = torch.full((1, channels, 8 * kernels.BLOCK), int(name == "home"), dtype=torch.int32)
     kernels.segment_stats_forward(torch.zeros(ids.shape), ids, None, 2, ("prob",), "softmax", 2.0, "class")
-    assert sum(added) == 2 * channels * 3  # programs, channels; a count and the two integers of a sum
+    assert sum(additions) == 2 * channels * 3  # programs, channels; a count and the two integers of a sum
+
+
+@pytest.mark.parametrize("features", [("prob",), ("prob", "nll_pos", "nll_neg")], ids=len)
+@pytest.mark.parametrize("blobs", [3, 40])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_additions_of_blocks_of_several_cells(monkeypatch, additions, channels, blobs, features):
+    """Background and home once a program and channel, 16 more cells of a block once each, of all others every voxel."""
+    monkeypatch.setattr(kernels, "blocks_of_a_program", lambda blocks: 2)
+    ids = torch.arange(2 * kernels.BLOCK, dtype=torch.int32).expand(1, channels, -1) % (blobs + 1)
+    activation = "sigmoid" if channels == 1 else "softmax"
+    kernels.segment_stats_forward(torch.zeros(ids.shape), ids, None, blobs + 1, features, activation, 2.0, "class")
+    searched = min(blobs - 1, 16)  # home is 1
+    crowd = int((ids[0, 0] > 1 + searched).sum())
+    assert (crowd > 500) == (blobs == 40)
+    assert sum(additions) == channels * (2 + 2 * searched + crowd) * (1 + 2 * len(features))
 
 
 def test_an_invalid_id_in_a_later_block(monkeypatch):
@@ -223,6 +263,53 @@ def test_an_invalid_id_in_a_later_block(monkeypatch):
 def test_how_many_blocks_a_program_has():
     found = [kernels.blocks_of_a_program(size**3 // kernels.BLOCK) for size in (16, 64, 128, 192, 256, 512)]
     assert found == [1, 1, 4, 13, 16, 16]
+
+
+# ------------------------------------------------------------------------------------------------------- 64-bit offsets
+
+
+def far_apart(values: torch.Tensor, axis: int, stride: int) -> torch.Tensor:
+    """The same values with this stride of samples (axis 0) or channels, in memory that is there where it is written."""
+    voxels, others = values[0, 0].numel(), values.shape[1 - axis]
+    size = {1: np.int8, 2: np.int16}[values.element_size()]
+    try:
+        memory = torch.from_numpy(np.zeros((values.shape[axis] - 1) * stride + others * voxels, size))
+    except MemoryError:
+        pytest.skip("no address space for 9 GB")
+    strides = (stride, voxels) if axis == 0 else (voxels, stride)
+    view = memory.view(values.dtype).as_strided(values.shape, (*strides, *values[0, 0].stride()))
+    return view.copy_(values)
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages that nobody has written must not take memory")
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(("size", "stride"), [(3, 2**30 + 512), (2, 2**31 + 512)], ids=["product", "stride"])
+@pytest.mark.parametrize("axis", [0, 1], ids=["samples", "channels"])
+def test_offsets_of_more_than_32_bits(axis, size, stride, activation):
+    """Bit for bit as side by side, where the stride is that long, or only twice the stride."""
+    shape = (*((size, 2) if axis == 0 else (1, size)), 5, 13, 17)
+    ids, target = (random_ids(shape, *limits).to(torch.int8) for limits in ((-1, 4), (0, 2)))
+    volumes = random_logits(shape).half(), ids, target
+    before = resident()
+    views = [far_apart(values, axis, stride) for values in volumes]
+    for view in views:
+        assert rows(view)[0] is view
+        assert view.stride(axis) * (shape[axis] - 1) >= 2**31
+    features, options = ("prob", "nll_pos", "nll_neg"), (activation, 2.0, "class")
+    results = []
+    for logits, ids, target in (volumes, views):
+        stats = kernels.segment_stats_forward(logits, ids, target, 10, features, *options)
+        grad_sums = torch.linspace(0.5, 1.5, stats[1].numel()).view(stats[1].shape)
+        results.append((*stats, kernels.segment_stats_backward(grad_sums, logits, ids, target, features, *options)))
+    for near, far in zip(*results, strict=True):
+        assert near.isfinite().all() and near.any()
+        assert torch.equal(near, far)
+    assert resident() - before < 2**26
 
 
 # ------------------------------------------------------------------------------------------------ order of the programs
