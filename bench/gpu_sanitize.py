@@ -39,6 +39,8 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         step = partial(gradient_sum, logits=logits)
         own = {"target": mask.float(), "instances": ids}
         yield f"{shape}, compound, own target", partial(step, BlobLoss(compound, max_instances=5), **own)
+        weighted = BlobLoss(instance_weight="inverse_size", max_instances=5)
+        yield f"{shape}, weighted", partial(step, weighted, instances=ids)
         softmax = BlobLoss(compound, activation="softmax", max_instances=CAPACITY)
         yield f"{shape}, softmax of a class map", partial(step, softmax, target=mask[:, :1].long())
         three = torch.cat([logits, logits[:, :1] * logits[:, 1:]], 1)

@@ -83,7 +83,7 @@ def row_of_tests(status: int, output: str) -> Row:
     if status not in (0, 1) and not failures:
         return TESTS.unmeasured(f"pytest ended with status {status}: {lines[-1]}")
     if not failures and not counts.get("passed"):
-        return TESTS.unmeasured(f"no test ran: {summary}")
+        return TESTS.unmeasured(f"no test ran: {summary or lines[-1]}")
     note = ", ".join(f"{counts.get(what, 0)} {what}" for what in ("passed", "skipped"))
     names = [line.split(" - ")[0] for line in lines if re.match(r"(FAILED|ERROR) ", line)]
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""

@@ -315,6 +315,7 @@ def test_tests_that_take_too_long(monkeypatch: pytest.MonkeyPatch, mark: str, va
         (5, "3 deselected in 0.10s", "status 5"),
         (0, "12 skipped, 3 deselected in 0.10s", "no test ran"),
         (-11, "", "status -11"),
+        (1, "/usr/bin/python3: No module named pytest", "no test ran: /usr/bin/python3: No module named pytest"),
     ],
 )
 def test_no_test_is_no_measurement(status: int, line: str, reason: str) -> None:

@@ -51,6 +51,7 @@ def volume(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple[Tensor, Tenso
 LOSSES: dict[str, Callable[[], tuple[BlobLoss | CCLoss, str]]] = {
     "ids": lambda: (BlobLoss(max_instances=COUNT), "instances"),
     "compound of ids": lambda: (BlobLoss(criteria.dice() + criteria.bce(), max_instances=COUNT), "instances"),
+    "weighted": lambda: (BlobLoss(max_instances=COUNT, instance_weight="inverse_size"), "instances"),
     "mask": lambda: (BlobLoss(max_instances=2000), "target"),
     "zones": lambda: (CCLoss(max_instances=2000, spacing=(1, 1, 2.5)), "target"),
     "zones both ways": lambda: (CCLoss(max_instances=4000, bidirectional=True), "target"),

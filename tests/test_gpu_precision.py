@@ -1,4 +1,4 @@
-"""On a CUDA device: gradients where all logits are far out, and CUDA graphs that torch.compile makes by itself."""
+"""On a CUDA device: gradients where all logits are far out, CUDA graphs of invalid labels and of torch.compile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu_contestants import Pass
+from bench.gpu_timing import CudaClock
 from blobloss_fast import BlobLoss, criteria, segment_stats
 
 from .tolerances import FLOOR, relative_to_largest
@@ -61,6 +63,21 @@ def test_gradients_where_every_logit_is_far_out(activation, offset):
         grads.append(torch.autograd.grad(sums.sum(), x)[0].cpu())
     ours, truth, plain = grads
     assert relative_to_largest(ours, truth) <= max(FLOOR, 2 * relative_to_largest(plain, truth))
+
+
+def test_a_replay_on_invalid_ids_is_nan_and_the_next_call_raises():
+    logits = torch.randn(1, 1, 16, 16, 16, device="cuda")
+    ids = torch.randint(0, 3, logits.shape, dtype=torch.int32, device="cuda")
+    loss = BlobLoss(max_instances=2)
+    step = Pass(lambda x: loss(x, instances=ids), logits)
+    (replay,) = CudaClock().capture(step)
+    ids[0, 0, 3, 4, 5] = 3
+    replay()
+    torch.cuda.synchronize()
+    assert step.results()[0].isnan()
+    with pytest.raises(RuntimeError, match="max_instances"):
+        loss(logits, instances=ids.clamp(max=2))
+    assert loss(logits, instances=ids.clamp(max=2)).isfinite()
 
 
 def test_graphs_of_the_compiler_from_a_cold_start():
