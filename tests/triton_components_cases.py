@@ -7,30 +7,22 @@ or smaller where it is their borders that matter.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 from triton.runtime import interpreter
 
 from blobloss_fast.kernels import triton_components as kernels
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 
 ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed: it is the truth of the labels")
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 # (spatial axes, connectivity) -> how many axes two neighbours may differ in
 ORDER = {(1, 26): 1, (2, 4): 1, (2, 8): 2, (2, 26): 2, (3, 6): 1, (3, 18): 2, (3, 26): 3}

@@ -6,14 +6,10 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
 from blobloss_fast import criteria
 from blobloss_fast.kernels import finish as pytorch
@@ -21,16 +17,13 @@ from blobloss_fast.kernels import triton_coefficients, triton_finish
 from blobloss_fast.kernels.layout import MASKINGS, ZONES, features_of
 from blobloss_fast.kernels.triton_table import HEAD, UNIT
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .test_native_finish import CHANGES, COMPOUND, by_id, random_table, spec_of
 from .test_native_finish_domains import EMPTY, REDUCTIONS
 from .test_out_of_range import RIGHT, SPOILED, WRONG, check_finish_of_2_31_voxels
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 FP64 = 1e-12  # relative to the largest of the same sample, class and feature
 DOMAINS = [*itertools.product(MASKINGS, (False, True)), (ZONES, True)]
 

@@ -8,19 +8,14 @@ Volumes are tiny (the interpreter needs milliseconds per instruction) but hold f
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from blobloss_fast.kernels import reference
 from blobloss_fast.kernels import triton_segment_stats as kernels
@@ -28,6 +23,7 @@ from blobloss_fast.kernels.layout import FEATURES
 from blobloss_fast.kernels.triton_table import UNIT
 from blobloss_fast.kernels.triton_voxel import exp, log1p
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .scenes import random_logits
 from .test_segment_stats import (  # noqa: F401  the same tests on this backend: they ask for the fixture below
@@ -48,12 +44,7 @@ from .test_segment_stats import (  # noqa: F401  the same tests on this backend:
 )
 from .tolerances import FLOOR, FP64, TIMES_PLAIN, error
 
-# The interpreter computes with numpy, which warns of log(0) and of inf - inf; the kernels do both and select.
-# Triton 3.3 converts arrays of one element, which NumPy deprecates (and from 2.4 on refuses).
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 HALVES = (torch.float16, torch.bfloat16)

@@ -6,29 +6,21 @@ Run by test_triton_interpreter.py in a process of its own, like triton_component
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 from blobloss_fast.kernels import labels
 from blobloss_fast.kernels import triton_components as kernels
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .triton_components_cases import random_mask, scan_at_once, scipys  # noqa: F401
 from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 from .triton_launcher_cases import Operations, Quietly
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 INVALID_ID = 2**31 - 1
 
 

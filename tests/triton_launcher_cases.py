@@ -5,15 +5,10 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
 from blobloss_fast import _ops
 from blobloss_fast.kernels import reference
@@ -21,11 +16,9 @@ from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels.layout import FEATURES
 from blobloss_fast.kernels.triton_launch import rows
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+from .interpreter_checks import MARKS
+
+pytestmark = MARKS
 
 
 def test_a_volume_is_copied_only_if_its_spatial_axes_are_not_dense():

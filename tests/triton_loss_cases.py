@@ -5,32 +5,25 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 from blobloss_fast import BlobLoss, CCLoss, _ops, compute, connected_components, criteria, segment_stats
 from blobloss_fast.kernels import reference, triton_components, triton_finish, triton_segment_stats, triton_zones
 
 from . import oracle_zones, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, check, random_grad, translated, value_and_gradient
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .test_native_finish import spec_of
 from .tolerances import assert_fp64
 from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 from .triton_launcher_cases import Operations, Quietly, SeeInside
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 # Logits and ids that are read as they are.
 NARROW = ((torch.bfloat16, torch.int8), (torch.float16, torch.int16), (torch.float32, torch.uint8))
 FORWARD, BACKWARD = ("segment_stats_fwd_kernel", "finish_kernel"), ("segment_stats_bwd_kernel",)
@@ -158,6 +151,26 @@ def test_cc_loss_from_a_target_against_the_oracle(all_of_it, activation, options
         assert_fp64(ours[1], truth[1], scene.name)
 
 
+def one_step(launches, call, logits) -> tuple[torch.Tensor, tuple[int, list[str]], tuple[int, list[str]]]:
+    """The gradient of all that `call` returns; forward and backward, our launches and PyTorch's operations.
+
+    Nothing may wait.
+    """
+    with SeeInside():
+        call(logits)  # makes the flag of the device, and coefficients
+    launches.clear()
+    with Operations() as mode:
+        values = call(logits)
+    forward = len(launches), mode.take_kernels()
+    values = values if isinstance(values, tuple) else (values,)
+    assert {value.device for value in values} == {logits.device}
+    incoming = [torch.ones_like(value) for value in values]
+    with mode:
+        (grad,) = torch.autograd.grad(values, logits, incoming)
+    assert grad.shape == logits.shape
+    return grad, forward, (len(launches) - forward[0], mode.take_kernels())
+
+
 BICC, SOFTMAX = partial(CCLoss, bidirectional=True), partial(BlobLoss, activation="softmax")
 # What PyTorch launches besides: it clears the list of tiles with foreground, and the table.
 CLEARS = ["zeros", "zeros"]
@@ -189,34 +202,9 @@ def test_a_loss_from_a_bare_mask_never_waits(all_of_it, monkeypatch, name, devic
     scene = scenes.scene(3, 1, "plain")
     mask, logits = (scene.instances > 0).to(device), scene.logits.to(device).requires_grad_()
     module = loss(max_instances=12)
-    with SeeInside():
-        module(logits, mask).backward()  # makes the flag of the device, and coefficients
-    logits.grad = None
-    all_of_it.clear()
-    with Operations() as mode:
-        value = module(logits, mask)
-    assert value.device.type == device
-    assert len(all_of_it) == launched
-    assert sorted(mode.take_kernels()) == sorted(others)
-    with mode:
-        value.backward()
-    assert len(all_of_it) == launched + backward
-    assert mode.take_kernels() == ["ones_like", *["add"] * (backward - 1)]
-    assert logits.grad.shape == logits.shape
-
-
-def one_step(call, logits) -> tuple[torch.Tensor, list[str], list[str]]:
-    """The gradient of all that `call` returns, and PyTorch's operations forward and backward; nothing may wait."""
-    with SeeInside():
-        call(logits)  # makes the flag of the device, and coefficients
-    with Operations() as mode:
-        values = call(logits)
-    forward, values = mode.take_kernels(), values if isinstance(values, tuple) else (values,)
-    incoming = [torch.ones_like(value) for value in values]
-    with mode:
-        (grad,) = torch.autograd.grad(values, logits, incoming)
-    assert {value.device for value in values} == {logits.device}
-    return grad, forward, mode.take_kernels()
+    _, (count, called), after = one_step(all_of_it, lambda x: module(x, mask), logits)
+    assert (count, sorted(called)) == (launched, sorted(others))
+    assert after == (backward, ["add"] * (backward - 1))
 
 
 OF_INSTANCES = [*("zeros", "arange", "gt", "scalar_tensor", "where")]
@@ -248,18 +236,19 @@ def test_a_loss_from_ids_never_waits(all_of_it, name, device):
     loss, call, forward, backward = WITH_IDS[name]
     scene, module = scenes.scene(1, 3, "disagree"), loss(max_instances=12)
     logits, target, ids = (tensor[:1].to(device) for tensor in (scene.logits, scene.target, scene.instances))
-    grad, *found = one_step(lambda x: call(module, x, target, ids), logits.requires_grad_())
-    assert found == [forward, backward]
-    assert grad.shape == logits.shape
+    _, *steps = one_step(all_of_it, lambda x: call(module, x, target, ids), logits.requires_grad_())
+    assert [called for _, called in steps] == [forward, backward]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtypes", NARROW, ids=str)
-def test_narrow_volumes_are_read_as_they_are(dtypes, device):
+def test_narrow_volumes_are_read_as_they_are(launches, dtypes, device):
     logits, ids = (torch.ones(2, 1, 3, 4, dtype=dtype, device=device) for dtype in dtypes)
     module, logits = BlobLoss(max_instances=3), logits.requires_grad_()
     for target in (None, ids, ids > 0):
-        assert one_step(lambda x, y=target: module(x, y, ids), logits)[1:] == (["zeros"], [])
+        grad, *steps = one_step(launches, lambda x, y=target: module(x, y, ids), logits)
+        assert steps == [(len(FORWARD), ["zeros"]), (len(BACKWARD), [])]
+        assert grad.dtype == logits.dtype
 
 
 def test_every_launch_is_on_the_device_of_its_tensors(all_of_it, monkeypatch):

@@ -5,32 +5,24 @@ Run by test_triton_interpreter.py in a process of its own, like triton_interpret
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 import triton.language as tl
+from torch import Tensor
 
 from blobloss_fast import BlobLoss, _ops, criteria
 from blobloss_fast.kernels import triton_components, triton_zones
 from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels.layout import FEATURES
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick
 from .scenes import random_logits
 from .triton_interpreter_cases import nothing_invalid_left_behind, random_ids, run  # noqa: F401
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 SHAPE = (1, 3, 5, 11, 13)  # a full block and a tail
 
 

@@ -13,10 +13,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -24,9 +20,11 @@ from triton.runtime import interpreter
 from blobloss_fast import BlobLoss, _ops, criteria
 from blobloss_fast.kernels import triton_segment_stats as kernels
 from blobloss_fast.kernels import triton_table
+from blobloss_fast.kernels.layout import FEATURES
 from blobloss_fast.kernels.triton_launch import rows
 from blobloss_fast.kernels.triton_table import add_sums, read_stats
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .scenes import random_logits
 from .test_out_of_range import (  # noqa: F401  the same tests on this backend: they ask for the fixture below
@@ -40,11 +38,7 @@ from .triton_interpreter_cases import (  # noqa: F401
     random_ids,
 )
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -114,9 +108,8 @@ def test_no_voxel_adds_less_than_nothing(channels):
     logits = torch.cat([far, -far]).repeat(channels, 1)
     logits[1:] = 0.5 * logits[1:].roll(1, -1)
     ids = torch.arange(24, dtype=torch.int32).expand(1, channels, -1)
-    features = ("prob", "prob_sq", "nll_pos", "nll_neg", "focal_pos", "focal_neg")
     options = ("sigmoid" if channels == 1 else "softmax", 2.0, "class")
-    _, sums = kernels.segment_stats_forward(logits[None], ids, None, 24, features, *options)
+    _, sums = kernels.segment_stats_forward(logits[None], ids, None, 24, FEATURES, *options)
     assert ((sums >= 0) | sums.isnan()).all()
     assert sums.isfinite().float().mean() > 0.8
 

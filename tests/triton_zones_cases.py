@@ -7,30 +7,22 @@ Run by test_triton_interpreter.py in a process of its own, or by hand:
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
-
 from triton.runtime import interpreter
 
 from blobloss_fast.kernels import triton_zones as kernels
 
+from .interpreter_checks import MARKS
 from .quick_interpreter import quick_interpreter  # noqa: F401
 from .triton_interpreter_cases import nothing_invalid_left_behind  # noqa: F401
 from .triton_launcher_cases import Quietly, RefuseSynchronisation
 from .zones_brute_force import batch, brute_force, volume
 
-# As in triton_interpreter_cases.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = MARKS
 
 KERNELS = ("nearest_in_row_kernel", "nearest_on_line_kernel")
 FAR_APART = 2**45  # a weight whose distances take 64 bits
