@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blobloss_fast import criteria
-from blobloss_fast.kernels import finish, native
+from blobloss_fast.kernels import finish, native, reference
 from blobloss_fast.kernels.layout import ZONES
 
 from .test_native_finish import spec_of
@@ -102,25 +102,39 @@ def test_a_whole_volume_of_one_such_logit(backend, value):  # noqa: F811
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_native_table_adds_what_2_31_voxels_of_1e4_would_give(dtype):
-    """To the last bit: 2^24 voxels of 128 times as much, in many slabs, beside a lone millionth.
+def like_2_31_voxels_of_1e4(module: ModuleType, dtype: torch.dtype) -> tuple[float, float, int]:
+    """Sums of 2^24 voxels of 128 times as much, in many slabs, and of a lone millionth; and the truth of the first.
 
-    Above a block of 512 voxels all sums are in float64, which holds the multiples of `each` exactly up to 2^53. Any
-    other 2^22 blocks are off by 2^22 times 2^-53 at most, 5e-10. What is added up in float32 would be rounded: the
-    number of blocks is odd, and their sums have more than ten bits.
+    In float64 a sum of multiples of `each` is exact up to 2^53. What is added up in float32 is rounded: the number of
+    blocks is odd, and their sums have more than ten bits.
     """
     voxels, each = 2**24 - 512 * 3 - 77, 128 * 9999
     logits, ids = torch.full((1, 1, voxels), -each, dtype=dtype), torch.zeros(1, 1, voxels, dtype=torch.int8)
     logits[..., -1], ids[..., -1] = math.log(1e6 - 1), 1
     arguments = (None, 2, ("prob", "nll_pos"), "sigmoid", 2.0, "class")
-    counts, sums = native.segment_stats_forward(logits, ids, *arguments)
+    counts, sums = module.segment_stats_forward(logits, ids, *arguments)
     assert counts.tolist() == [[[voxels - 1, 1]]]
     total = (voxels - 1) * each
     assert total > 0.99 * 2**31 * 9999
-    assert sums[0, 0, 0, 1].item() == torch.tensor(total, dtype=torch.float64).to(dtype).item()
-    assert sums[0, 0, 1, 1].item() == pytest.approx(1e-6, rel=1e-6)
+    return sums[0, 0, 0, 1].item(), sums[0, 0, 1, 1].item(), total
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_native_table_adds_what_2_31_voxels_of_1e4_would_give(dtype):
+    """To the last bit: above a block of 512 voxels all sums are in float64. Any other 2^22 blocks are off by 2^22 times
+    2^-53 at most, 5e-10.
+    """
+    found, alone, total = like_2_31_voxels_of_1e4(native, dtype)
+    assert found == torch.tensor(total, dtype=torch.float64).to(dtype).item()
+    assert alone == pytest.approx(1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_reference_adds_what_2_31_voxels_of_1e4_would_give(dtype):
+    found, alone, total = like_2_31_voxels_of_1e4(reference, dtype)
+    assert found == pytest.approx(total, rel=1e-6)
+    assert alone == pytest.approx(1e-6, rel=1e-6)
 
 
 @needs_native
