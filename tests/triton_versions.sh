@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The Triton kernels with the oldest, two middle and the newest Triton that is to work: interpreted, and compiled for chips
-# that are not there. Run from anywhere, in an environment with the `test` extra; takes three quarters of an hour.
+# that are not there. Run from anywhere, in an environment with the `test` extra; took nine to twelve minutes a version.
 #     tests/triton_versions.sh [VERSION ...]      default: 3.3.1 3.6.0 3.7.1 and the newest
 set -euo pipefail
 exec < /dev/null
