@@ -265,14 +265,18 @@ def run_blob_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return blob_loss(*args) if _is_traced() else BlobLossFunction.apply(*args)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what its memory says, and nothing else wants to see what is done with it."""
+    watched = _is_traced() or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return type(tensor) is Tensor and not (watched or tensor.is_neg())
+
+
 def run_label_target(target: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The operator ``label_target``, past it on the CPU, since an operator cannot choose the dtype of its ids.
 
-    Ids of two bytes, where there are few enough, are half as much to write, and to read twice. What something else may
-    want to see, or is not what its memory says, goes through the operator.
+    Ids of two bytes, where there are few enough, are half as much to write, and to read twice.
     """
-    special = _is_traced() or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    if target.device.type == "cpu" and type(target) is Tensor and not (special or target.is_neg()):
+    if target.device.type == "cpu" and is_plain(target):
         module = _labels_for_cpu()
         if module is native_labels:
             return module.label_target(target, *args, narrow=True)

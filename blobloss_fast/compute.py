@@ -13,7 +13,6 @@ from .options import Options
 from .partition import Partition, partition, predicted_zones
 
 _FALSE_POSITIVES = false_positives()
-_USUAL_INSTANCES = 255  # tried first where a larger id is noticed, which saves reading all ids to find the largest
 
 
 def compute(
@@ -70,9 +69,7 @@ def _labels(
             "channels: use criteria.bce(), which is one-vs-rest"
         )
     wants_blob = reduction in ("terms", "instances") or options.blob_weight > 0
-    guess = None
-    if options.max_instances is None and reduction != "instances" and _ops.finds_large_ids(logits):
-        guess = _USUAL_INSTANCES
+    may_guess = options.max_instances is None and reduction != "instances" and _ops.finds_large_ids(logits)
     labels = partition(
         logits,
         target,
@@ -82,13 +79,13 @@ def _labels(
         connectivity=options.connectivity,
         ignore_index=options.ignore_index,
         max_instances=options.max_instances,
-        guess=guess,
+        may_guess=may_guess,
         wants_blob=wants_blob and (zones is None or instances is not None),
     )
     if not (options.in_zones and wants_blob):
         return labels
     labels = labels.in_zones(zones, options.spacing)
-    return labels if zones is None else labels.with_capacity(options.max_instances, guess)
+    return labels if zones is None else labels.with_capacity(options.max_instances, may_guess)
 
 
 def _run(

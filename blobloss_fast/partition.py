@@ -46,11 +46,13 @@ class Partition(NamedTuple):
         instances, largest, original_ids = _largest_id(self.instances, self.instances[0, 0].numel())
         return self.but(instances=instances, max_instances=largest, original_ids=original_ids, is_guess=False)
 
-    def with_capacity(self, max_instances: int | None, guess: int | None) -> Partition:
-        """Return the partition with this capacity; without any, with what its ids need."""
+    def with_capacity(self, max_instances: int | None, may_guess: bool) -> Partition:
+        """Return the partition with this capacity; without any, with what its ids need, or probably need."""
         if max_instances is not None:
             return self.but(max_instances=max_instances)
-        return self.with_largest_id() if guess is None else self.but(max_instances=guess, is_guess=True)
+        if may_guess:
+            return self.but(max_instances=_probable_capacity(self.instances), is_guess=True)
+        return self.with_largest_id()
 
     def in_zones(self, zones: Tensor | None, spacing: Sequence[float] | None) -> Partition:
         """Return the partition into the zones of the instances, with a target that says where these are.
@@ -69,6 +71,8 @@ class Partition(NamedTuple):
 
 
 _FIELDS = Partition._fields
+_USUAL_INSTANCES = 255
+_LARGE_VOLUME = 2**18  # voxels, whose loss takes so long that the 10 us for a look at a few do not matter
 
 
 def partition(
@@ -81,14 +85,14 @@ def partition(
     connectivity: int,
     ignore_index: int | None,
     max_instances: int | None,
-    guess: int | None,
+    may_guess: bool,
     wants_blob: bool,
 ) -> Partition:
     """Validate the labels of a call and bring them into the form that the kernels read.
 
     Args:
         max_instances: the largest id that is allowed; None: the largest there is.
-        guess: what to take for that, where it would have to be looked for.
+        may_guess: whether the largest there is may be guessed, which saves reading all ids to find it.
         wants_blob: whether there is a blob term; without one, no instance is looked for in a target.
     """
     channels = logits.shape[1]
@@ -123,7 +127,7 @@ def partition(
     else:
         raise ValueError("target or instances must be given; got neither: pass a binary target, instance ids, or both")
 
-    return Partition(instances, target, 0, channel0, None, False).with_capacity(max_instances, guess)
+    return Partition(instances, target, 0, channel0, None, False).with_capacity(max_instances, may_guess)
 
 
 def predicted_zones(logits: Tensor, labels: Partition, options: Options) -> Partition:
@@ -152,6 +156,16 @@ def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Te
     if instances.dtype != torch.uint8:
         instances[:, 0].masked_fill_((others < 0).all(1), -1)
     return instances, foreground
+
+
+def _probable_capacity(instances: Tensor) -> int:
+    """Guess the largest id: if the volume is large, a quarter more than that of about ten voxels along every axis."""
+    voxels = instances[0, 0].numel()
+    if voxels < _LARGE_VOLUME or not _ops.is_plain(instances):
+        return _USUAL_INSTANCES
+    few = [slice(None), slice(None), *(slice(None, None, size // 10 | 1) for size in instances.shape[2:])]
+    seen = int(instances[tuple(few)].max())
+    return max(_USUAL_INSTANCES, min(seen + seen // 4, voxels))
 
 
 def _largest_id(instances: Tensor, voxels: int) -> tuple[Tensor, int, Tensor | None]:

@@ -180,3 +180,37 @@ def test_any_number_of_instances_without_being_told(largest):
         torch.testing.assert_close(found, told, rtol=1e-12, atol=0)
     losses, found = blob_loss_instances(logits, instances=ids)
     assert losses.shape == found.shape == (2, 1, largest)
+
+
+@pytest.mark.parametrize(
+    ("case", "capacities"),
+    {
+        "as usual": [255],
+        "many": [1250],  # one pass: 1,000 and a quarter
+        "unseen": [255, 1000],
+        "more than voxels": [2**18, 2],
+    }.items(),
+)
+def test_room_is_made_for_what_a_few_voxels_of_a_large_volume_show(case, capacities, cpu_backend, monkeypatch):
+    """Room for too few costs a second pass, and reading all ids; never another result."""
+    if cpu_backend == "reference":
+        pytest.skip("reads the largest id first, since it cannot stop early")
+    ids = torch.zeros(1, 1, 64, 64, 64, dtype=torch.int64)
+    ids[..., 7, 14, 1:5] = 100
+    if case == "many":
+        ids[..., 14, 21, 5:12] = 1000
+    elif case == "unseen":
+        ids[..., 1, 1, 1] = 1000
+    elif case == "more than voxels":
+        ids[..., 14, 21, 5:12] = 10**9
+    logits = scenes.random_logits(ids.shape)
+    tried = []
+    from blobloss_fast.kernels import native
+
+    loss = native.blob_loss
+    monkeypatch.setattr(native, "blob_loss", lambda *args: tried.append(args[4] - 1) or loss(*args))
+    values = [blob_loss(logits, instances=ids)]
+    assert tried == capacities
+    told = torch.unique(ids, return_inverse=True)[1]
+    values.append(blob_loss(logits, instances=told, max_instances=int(told.max())))
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
