@@ -68,21 +68,23 @@ Plan plan_for(const bl_problem& problem) {
   return plan;
 }
 
-// Adds up the tables of a group's slabs, in their order.
+// Adds up the tables of a group's slabs, in their order, into the first of them.
 template <typename T>
-void combine(const bl_threads& threads, const bl_problem& problem, const Plan& plan, const double* tables,
-             int64_t* counts, T* sums) {
+void combine(const bl_threads& threads, const bl_problem& problem, const Plan& plan, double* tables, int64_t* counts,
+             T* sums) {
   const int64_t cells = plan.channels * problem.num_cells, slab = cells * plan.row;
   const auto add = [&](int64_t begin, int64_t end) {
-    for (int64_t entry = begin; entry < end; ++entry) {
-      const double* row = tables + entry / cells * plan.slabs * slab + entry % cells * plan.row;
-      for (int64_t j = 0; j < plan.row; ++j) {
-        double total = 0;
-        for (int64_t s = 0; s < plan.slabs; ++s) total += row[s * slab + j];
-        if (j == 0)
-          counts[entry] = static_cast<int64_t>(total);
-        else
-          sums[entry * problem.num_features + j - 1] = static_cast<T>(total);
+    for (int64_t group = begin / cells; group * cells < end; ++group) {
+      const int64_t first = begin > group * cells ? begin : group * cells;
+      const int64_t last = end < (group + 1) * cells ? end : (group + 1) * cells;
+      double* __restrict row = tables + group * plan.slabs * slab + (first - group * cells) * plan.row;
+      for (int64_t s = 1; s < plan.slabs; ++s) {
+        const double* __restrict other = row + s * slab;
+        for (int64_t j = 0; j < (last - first) * plan.row; ++j) row[j] += other[j];
+      }
+      for (int64_t entry = first; entry < last; ++entry, row += plan.row) {
+        counts[entry] = static_cast<int64_t>(row[0]);
+        for (int64_t j = 1; j < plan.row; ++j) sums[entry * (plan.row - 1) + j - 1] = static_cast<T>(row[j]);
       }
     }
   };

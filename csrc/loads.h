@@ -8,6 +8,8 @@
 namespace blobloss {
 namespace BLOBLOSS_ISA {
 
+constexpr int kGroup = 16;  // cells that are looked at together: a vector of AVX-512
+
 // ---------------------------------------------------------------- half precision, by integer arithmetic
 
 BL_INLINE float from_half(uint16_t half) {
@@ -184,14 +186,17 @@ static void load_ids(const bl_volume& volume, int64_t offset, int n, int32_t* to
 // The cells of a block: negative where ignored, otherwise below num_cells.
 struct Cells {
   const int32_t* ids;
-  bool uniform;  // all the same
+  int32_t changes;  // from one voxel to the next; one may count twice
+
+  BL_INLINE_MEMBER bool uniform() const { return changes == 0; }
 };
 
-BL_INLINE bool is_uniform(const int32_t* __restrict cells) {
-  const int32_t first = cells[0];
-  int32_t different = 0;
-  for (int i = 0; i < kBlock; ++i) different |= cells[i] ^ first;
-  return different == 0;
+BL_INLINE int32_t count_changes(const int32_t* __restrict cells) {
+  int32_t changes = 0;
+  for (int i = 0; i < kBlock - kGroup; ++i) changes += cells[i] != cells[i + 1];
+  const int32_t* __restrict last = cells + kBlock - kGroup;  // of whole vectors, so that one pair is seen again
+  for (int i = 0; i < kGroup; ++i) changes += last[i - 1] != last[i];
+  return changes;
 }
 
 BL_INLINE int32_t largest_in_block(const int32_t* __restrict cells) {
@@ -226,8 +231,8 @@ BL_INLINE int32_t is_class(F value, int32_t classes) {
 }
 
 struct Found {
-  int32_t different;  // 0 if all cells are the same
-  int32_t unknown;    // not 0 if a voxel that is not ignored has a value that a target of this kind may not hold
+  bool constant;    // the target, where all ids are the same
+  int32_t unknown;  // not 0 if a voxel that is not ignored has a value that a target of this kind may not hold
 };
 
 // 2 * id + bit; whatever it is for a negative id, it does not overflow.
@@ -247,20 +252,18 @@ template <typename S>
 static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32_t classes, bool same_ids,
                      const int32_t* __restrict ids, int32_t* __restrict cells) {
   const S* __restrict from = static_cast<const S*>(data) + offset;
-  int32_t unknown = 0, different = 0;
+  int32_t unknown = 0;
+  bool constant = false;
   const auto join_voxels = [&](auto bit_of, auto is_unknown) {
-    if (same_ids && is_constant(from)) {
+    constant = same_ids && is_constant(from);
+    if (constant) {
       const int32_t cell = twice(ids[0], bit_of(value_of(from[0]))) | (ids[0] >> 31);
       for (int i = 0; i < kBlock; ++i) cells[i] = cell;
       unknown = is_unknown(value_of(from[0])) & ~(ids[0] >> 31);
       return;
     }
-    const auto cell_of = [&](int i) { return twice(ids[i], bit_of(value_of(from[i]))) | (ids[i] >> 31); };
-    const int32_t first = cell_of(0);
     for (int i = 0; i < n; ++i) {
-      const int32_t cell = cell_of(i);
-      cells[i] = cell;
-      different |= cell ^ first;
+      cells[i] = twice(ids[i], bit_of(value_of(from[i]))) | (ids[i] >> 31);
       unknown |= is_unknown(value_of(from[i])) & ~(ids[i] >> 31);
     }
   };
@@ -271,7 +274,7 @@ static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32
     join_voxels([=](auto value) -> int32_t { return value == static_cast<decltype(value)>(own); },
                 [=](auto value) -> int32_t { return !is_class(value, classes); });
   for (int i = n; i < kBlock; ++i) cells[i] = -1;
-  return {n < kBlock ? 1 : different, unknown};
+  return {constant, unknown};
 }
 
 static Found join(const bl_volume& target, int64_t offset, int n, int32_t own, int32_t classes, bool same_ids,
@@ -312,8 +315,8 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
   }
   const int64_t room = target.data ? problem.num_cells / 2 : problem.num_cells;
   const int32_t capacity = room > INT32_MAX / 2 ? INT32_MAX / 2 : static_cast<int32_t>(room);
-  bool uniform = is_uniform(ids);
-  if ((uniform ? ids[0] : largest_in_block(ids)) >= capacity) {
+  int32_t changes = count_changes(ids);
+  if ((changes ? largest_in_block(ids) : ids[0]) >= capacity) {
     *status |= BL_TOO_LARGE;
     for (int i = 0; i < kBlock; ++i) buffer[i] = ids[i] >= capacity ? capacity - 1 : ids[i];
     ids = buffer;
@@ -323,12 +326,12 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
     const int64_t from = b * target.batch_stride + c * target.channel_stride + start;
     int32_t* cells_of_both = buffer + kBlock;
     const int32_t classes = static_cast<int32_t>(problem.channels);
-    const Found found = join(target, from, n, own, classes, uniform && n == kBlock, ids, cells_of_both);
+    const Found found = join(target, from, n, own, classes, !changes && n == kBlock, ids, cells_of_both);
     if (found.unknown) *status |= own < 0 ? BL_NOT_BINARY : BL_NOT_A_CLASS;
     ids = cells_of_both;
-    uniform = found.different == 0;
+    if (!found.constant) changes = count_changes(ids);
   }
-  return {ids, uniform};
+  return {ids, changes};
 }
 
 }  // namespace BLOBLOSS_ISA

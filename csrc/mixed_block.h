@@ -1,7 +1,7 @@
 // Blocks whose voxels lie in several cells, in groups of 16 voxels. The background is summed and written as vectors, and
-// so is the instance that was met last, which usually goes on in the next group that is not all background. A block of
-// tiny instances keeps a processor from foreseeing where that leads: once too many were met, the voxels of the
-// instances in the remaining groups are listed, and looked at one by one.
+// so is the instance that was met last, which usually goes on in the next group that is not all background. Where cells
+// change often, a processor cannot foresee where that leads: in such a crowded block the voxels of instances are listed,
+// without a branch, and looked at one by one.
 #pragma once
 
 #include "loads.h"
@@ -9,25 +9,29 @@
 namespace blobloss {
 namespace BLOBLOSS_ISA {
 
-constexpr int kGroup = 16;
 constexpr uint32_t kWholeGroup = 0xffff;
 constexpr int32_t kNone = INT32_MAX;  // no cell has this number
-constexpr int kFewVisits = 8;  // to rows of instances, from which a block is crowded
+constexpr int kFewChanges = 16;  // of cells from one voxel to the next, in a block that is not crowded
 
 // ---------------------------------------------------------------- groups: one bit or one lane per voxel
 
 #if defined(__AVX512F__)
-// A mask as a number. Not by a cast: GCC 12 may store the 16 bits of a mask on the stack and read 32 from there.
-BL_INLINE uint32_t number_of_mask(__mmask16 mask) {
+typedef __mmask16 Mask;  // stays in a register for masks as long as nobody needs the number
+
+// Not by a cast: GCC 12 may store the 16 bits of a mask on the stack and read 32 from there.
+BL_INLINE uint32_t number_of_mask(Mask mask) {
   uint32_t bits;
   __asm__("kmovw %1, %0" : "=r"(bits) : "k"(mask));
   return bits;
 }
+#else
+typedef uint32_t Mask;
+BL_INLINE uint32_t number_of_mask(Mask mask) { return mask; }
 #endif
 
-BL_INLINE uint32_t equal_to(const int32_t* cells, int32_t cell) {
+BL_INLINE Mask equal_to(const int32_t* cells, int32_t cell) {
 #if defined(__AVX512F__)
-  return number_of_mask(_mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells), _mm512_set1_epi32(cell)));
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(cells), _mm512_set1_epi32(cell));
 #elif defined(__AVX2__)
   uint32_t bits = 0;
   for (int i = 0; i < kGroup; i += 8) {
@@ -43,16 +47,20 @@ BL_INLINE uint32_t equal_to(const int32_t* cells, int32_t cell) {
 #endif
 }
 
-BL_INLINE uint32_t negative(const int32_t* cells) {
+BL_INLINE Mask positive(const int32_t* cells) {
 #if defined(__AVX512F__)
-  return number_of_mask(_mm512_movepi32_mask(_mm512_loadu_si512(cells)));
+  return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(cells), _mm512_setzero_si512());
 #elif defined(__AVX2__)
-  const float* bits = reinterpret_cast<const float*>(cells);
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(bits))) |
-         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(bits + 8))) << 8;
+  uint32_t bits = 0;
+  for (int i = 0; i < kGroup; i += 8) {
+    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cells + i));
+    const __m256i above = _mm256_cmpgt_epi32(eight, _mm256_setzero_si256());
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(above))) << i;
+  }
+  return bits;
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(cells[i] < 0) << i;
+  for (int i = 0; i < kGroup; ++i) bits |= static_cast<uint32_t>(cells[i] > 0) << i;
   return bits;
 #endif
 }
@@ -62,7 +70,7 @@ template <typename T>
 struct Lanes {
   alignas(64) T lane[kGroup] = {};
 
-  BL_INLINE_MEMBER void add(const T* values, const int32_t* cells, int32_t cell, uint32_t) {
+  BL_INLINE_MEMBER void add(const T* values, const int32_t* cells, int32_t cell, Mask) {
     using Bits = typename BitsOf<T>::type;
     for (int i = 0; i < kGroup; ++i) {
       const Bits mask = cells[i] == cell ? ~Bits{0} : Bits{0};
@@ -76,21 +84,24 @@ struct Lanes {
   }
 };
 
-// The gradient of a group: the coefficients of `own` where the cells are `cell`, those of `others` elsewhere, times the
-// slopes.
+// The gradient of a group: the coefficients of `own` where the cells are `cell`, those of `background` where they are 0,
+// times the slopes; 0 elsewhere, even where a slope is NaN.
 template <typename T, int F>
-BL_INLINE void weigh(const T (*slopes)[kBlock], int start, const int32_t* cells, int32_t cell, uint32_t, const T* own,
-                     const T* others, T* grad) {
+BL_INLINE void weigh(const T (*slopes)[kBlock], int start, const int32_t* cells, int32_t cell, Mask, Mask, const T* own,
+                     const T* background, T* grad) {
   using Bits = typename BitsOf<T>::type;
   T sum[kGroup] = {};
   for (int f = 0; f < F; ++f) {
-    const Bits mine = bits_of(own[f]), theirs = bits_of(others[f]);
+    const Bits mine = bits_of(own[f]), theirs = bits_of(background[f]);
     for (int i = 0; i < kGroup; ++i) {
       const Bits inside = cells[i] == cell ? ~Bits{0} : Bits{0};
       sum[i] += number_of(static_cast<Bits>((mine & inside) | (theirs & ~inside))) * slopes[f][start + i];
     }
   }
-  for (int i = 0; i < kGroup; ++i) grad[i] = sum[i];
+  for (int i = 0; i < kGroup; ++i) {
+    const Bits known = (cells[i] == cell) | (cells[i] == 0) ? ~Bits{0} : Bits{0};
+    grad[i] = number_of(static_cast<Bits>(bits_of(sum[i]) & known));
+  }
 }
 
 #if defined(__AVX512F__)
@@ -98,57 +109,62 @@ template <>
 struct Lanes<float> {
   __m512 lanes = _mm512_setzero_ps();
 
-  BL_INLINE_MEMBER void add(const float* values, const int32_t*, int32_t, uint32_t bits) {
-    lanes = _mm512_mask_add_ps(lanes, static_cast<__mmask16>(bits), lanes, _mm512_loadu_ps(values));
+  BL_INLINE_MEMBER void add(const float* values, const int32_t*, int32_t, Mask mask) {
+    lanes = _mm512_mask_add_ps(lanes, mask, lanes, _mm512_loadu_ps(values));
   }
   BL_INLINE_MEMBER double total() const { return add_lanes(lanes, _mm512_setzero_ps()); }
 };
 
 template <int F>
-BL_INLINE void weigh(const float (*slopes)[kBlock], int start, const int32_t*, int32_t, uint32_t bits, const float* own,
-                     const float* others, float* grad) {
+BL_INLINE void weigh(const float (*slopes)[kBlock], int start, const int32_t*, int32_t, Mask inside, Mask outside,
+                     const float* own, const float* background, float* grad) {
   __m512 sum = _mm512_setzero_ps();
   for (int f = 0; f < F; ++f) {
-    const __m512 weight = _mm512_mask_blend_ps(static_cast<__mmask16>(bits), all(others[f]), all(own[f]));
+    const __m512 weight = _mm512_mask_blend_ps(inside, all(background[f]), all(own[f]));
     sum = _mm512_fmadd_ps(weight, _mm512_load_ps(slopes[f] + start), sum);
   }
-  _mm512_storeu_ps(grad, sum);
+  const Mask known = static_cast<Mask>(_mm512_kor(inside, outside));
+  _mm512_storeu_ps(grad, _mm512_maskz_mov_ps(known, sum));
 }
 #endif
 
-// ---------------------------------------------------------------- lists
+// ---------------------------------------------------------------- crowded blocks
 
-struct List {
+// Lists the voxels of instances, after calling `before` for every group; returns how many.
+template <typename Before>
+BL_INLINE int32_t list_instances(const int32_t* cells, uint32_t (&where)[kBlock + kGroup], Before before) {
   int32_t size = 0;
-  int32_t where[kBlock + 8];  // room for more, since eight are written at a time: how often is easier to foresee
-
-  BL_INLINE_MEMBER void append(uint64_t bits, int32_t start) {
+#if defined(__AVX512F__)
+  __m512i voxels = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int start = 0; start < kBlock; start += kGroup) {
+    before(start);
+    const Mask mask = positive(cells + start);
+    _mm512_storeu_si512(where + size, _mm512_maskz_compress_epi32(mask, voxels));
+    size += __builtin_popcount(number_of_mask(mask));
+    voxels = _mm512_add_epi32(voxels, _mm512_set1_epi32(kGroup));
+  }
+#else
+  uint64_t bits = 0;
+  for (int start = 0; start < kBlock; start += kGroup) {
+    before(start);
+    bits |= static_cast<uint64_t>(positive(cells + start)) << start % 64;
+    if ((start + kGroup) % 64) continue;
     const int count = __builtin_popcountll(bits);
-    for (int done = 0; done < count; done += 8)
+    for (int done = 0; done < count; done += 8)  // eight at a time: how often is easier to foresee
       for (int j = 0; j < 8; ++j) {
-        where[size + done + j] = start + (bits ? __builtin_ctzll(bits) : 0);
+        where[size + done + j] = static_cast<uint32_t>(start + kGroup - 64 + (bits ? __builtin_ctzll(bits) : 0));
         bits &= bits - 1;
       }
     size += count;
   }
-};
-
-// Lists, from a group on, the voxels for which `bits_of_group(start)` has a bit.
-template <typename Bits>
-BL_INLINE void list_from(int start, List& list, Bits bits_of_group) {
-  uint64_t word = 0;
-  for (; start < kBlock; start += kGroup) {
-    word |= static_cast<uint64_t>(bits_of_group(start)) << (start % 64);
-    if ((start + kGroup) % 64) continue;
-    list.append(word, start + kGroup - 64);
-    word = 0;
-  }
+#endif
+  return size;
 }
 
 // ---------------------------------------------------------------- sums
 
 template <typename T, int F>
-BL_INLINE void add_voxel(const T (*values)[kBlock], const int32_t* cells, int32_t i, double* table) {
+BL_INLINE void add_voxel(const T (*values)[kBlock], const int32_t* cells, uint32_t i, double* table) {
   double* row = table + static_cast<int64_t>(cells[i]) * (1 + F);
   row[0] += 1;
   for (int f = 0; f < F; ++f) row[1 + f] += static_cast<double>(values[f][i]);
@@ -156,21 +172,22 @@ BL_INLINE void add_voxel(const T (*values)[kBlock], const int32_t* cells, int32_
 
 // Adds a block to a table of rows (count, sums).
 template <typename T, int F>
-static void add_mixed(const T (*values)[kBlock], const int32_t* cells, double* table) {
+static void add_mixed(const T (*values)[kBlock], const int32_t* cells, bool crowded, double* table) {
   Lanes<T> background[F + 1], own[F + 1];
   int32_t instance = kNone, num_background = 0, num_own = 0;
-  int visits = 0, start = 0;
   const auto take_background = [&](int at) {
-    const uint32_t outside = equal_to(cells + at, 0);
-    num_background += __builtin_popcount(outside);
+    const Mask outside = equal_to(cells + at, 0);
+    const uint32_t bits = number_of_mask(outside);
+    num_background += __builtin_popcount(bits);
     for (int f = 0; f < F; ++f) background[f].add(values[f] + at, cells + at, 0, outside);
-    return outside;
+    return bits;
   };
   const auto take_own = [&](int at) {
-    const uint32_t inside = equal_to(cells + at, instance);
-    num_own += __builtin_popcount(inside);
+    const Mask inside = equal_to(cells + at, instance);
+    const uint32_t bits = number_of_mask(inside);
+    num_own += __builtin_popcount(bits);
     for (int f = 0; f < F; ++f) own[f].add(values[f] + at, cells + at, instance, inside);
-    return inside;
+    return bits;
   };
   const auto flush = [&] {
     if (!num_own) return;
@@ -178,46 +195,41 @@ static void add_mixed(const T (*values)[kBlock], const int32_t* cells, double* t
     row[0] += num_own;
     for (int f = 0; f < F; ++f) row[1 + f] += own[f].total();
   };
-  for (; start < kBlock && visits < kFewVisits; start += kGroup) {
+  if (crowded) {
+    uint32_t where[kBlock + kGroup];
+    const int32_t size = list_instances(cells, where, take_background);
+    for (int32_t j = 0; j < size; ++j) add_voxel<T, F>(values, cells, where[j], table);
+  }
+  for (int start = 0; start < kBlock && !crowded; start += kGroup) {
     const uint32_t outside = take_background(start);
     if (outside == kWholeGroup) continue;
     const uint32_t inside = take_own(start);
-    uint32_t left = kWholeGroup & ~(outside | inside);
-    if (!left) continue;
-    left &= ~negative(cells + start);
+    uint32_t left = number_of_mask(positive(cells + start)) & ~inside;
     if (left && !inside) {
       flush();
       instance = cells[start + __builtin_ctz(left)];
       num_own = 0;
       for (auto& lanes : own) lanes = {};
       left &= ~take_own(start);
-      ++visits;
     }
-    for (; left; left &= left - 1) {
-      add_voxel<T, F>(values, cells, start + __builtin_ctz(left), table);
-      ++visits;
-    }
+    for (; left; left &= left - 1) add_voxel<T, F>(values, cells, start + __builtin_ctz(left), table);
   }
   flush();
-  if (start < kBlock) {
-    List list;
-    list_from(start, list, [&](int at) { return kWholeGroup & ~(take_background(at) | negative(cells + at)); });
-    for (int j = 0; j < list.size; ++j) add_voxel<T, F>(values, cells, list.where[j], table);
-  }
   table[0] += num_background;
   for (int f = 0; f < F; ++f) table[1 + f] += background[f].total();
 }
 
 template <typename T>
-static void add_mixed_block(const T (*values)[kBlock], const int32_t* cells, int32_t num_features, double* table) {
+static void add_mixed_block(const T (*values)[kBlock], const Cells& cells, int32_t num_features, double* table) {
+  const bool crowded = cells.changes > kFewChanges;
   switch (num_features) {
-    case 0: return add_mixed<T, 0>(values, cells, table);
-    case 1: return add_mixed<T, 1>(values, cells, table);
-    case 2: return add_mixed<T, 2>(values, cells, table);
-    case 3: return add_mixed<T, 3>(values, cells, table);
-    case 4: return add_mixed<T, 4>(values, cells, table);
-    case 5: return add_mixed<T, 5>(values, cells, table);
-    case 6: return add_mixed<T, 6>(values, cells, table);
+    case 0: return add_mixed<T, 0>(values, cells.ids, crowded, table);
+    case 1: return add_mixed<T, 1>(values, cells.ids, crowded, table);
+    case 2: return add_mixed<T, 2>(values, cells.ids, crowded, table);
+    case 3: return add_mixed<T, 3>(values, cells.ids, crowded, table);
+    case 4: return add_mixed<T, 4>(values, cells.ids, crowded, table);
+    case 5: return add_mixed<T, 5>(values, cells.ids, crowded, table);
+    case 6: return add_mixed<T, 6>(values, cells.ids, crowded, table);
   }
 }
 
@@ -225,62 +237,54 @@ static void add_mixed_block(const T (*values)[kBlock], const int32_t* cells, int
 
 // The gradient of a block: coefficient times slope, over the features, with the coefficients [K, F] of a voxel's cell.
 template <typename T, int F>
-static void weigh_mixed(const T (*slopes)[kBlock], const int32_t* cells, const T* coefficients, T* grad) {
-  int32_t instance = 0;
-  int visits = 0, start = 0;
-  const auto write_group = [&](int at, int32_t cell, uint32_t inside) {
+static void weigh_mixed(const T (*slopes)[kBlock], const int32_t* cells, bool crowded, const T* coefficients,
+                        T* grad) {
+  const auto write_group = [&](int at, int32_t cell) {
+    const Mask inside = equal_to(cells + at, cell), outside = equal_to(cells + at, 0);
     const T* own = coefficients + static_cast<int64_t>(cell) * F;
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == sizeof(float))
-      return weigh<F>(slopes, at, cells + at, cell, inside, own, coefficients, grad + at);
+      weigh<F>(slopes, at, cells + at, cell, inside, outside, own, coefficients, grad + at);
     else
 #endif
-      return weigh<T, F>(slopes, at, cells + at, cell, inside, own, coefficients, grad + at);
+      weigh<T, F>(slopes, at, cells + at, cell, inside, outside, own, coefficients, grad + at);
+    return inside;  // the voxels of the cell
   };
-  const auto write_voxel = [&](int32_t i) {
-    const int64_t cell = cells[i];
-    T sum = 0;  // where a voxel is ignored, even if its logit is NaN
-    for (int f = 0; f < F && cell >= 0; ++f) sum += coefficients[cell * F + f] * slopes[f][i];
+  const auto write_voxel = [&](uint32_t i) {
+    const T* own = coefficients + static_cast<int64_t>(cells[i]) * F;
+    T sum = 0;
+    for (int f = 0; f < F; ++f) sum += own[f] * slopes[f][i];
     grad[i] = sum;
   };
-  for (; start < kBlock && visits < kFewVisits; start += kGroup) {
-    uint32_t inside = equal_to(cells + start, instance);
-    write_group(start, instance, inside);
-    uint32_t left = kWholeGroup & ~(inside | equal_to(cells + start, 0));
-    if (!left) continue;
-    const uint32_t foreground = left & ~negative(cells + start);
-    if (foreground && (!inside || instance == 0)) {
-      instance = cells[start + __builtin_ctz(foreground)];
-      inside = equal_to(cells + start, instance);
-      write_group(start, instance, inside);
-      left &= ~inside;
-      ++visits;
-    }
-    for (; left; left &= left - 1) {
-      write_voxel(start + __builtin_ctz(left));
-      ++visits;
-    }
+  if (crowded) {
+    uint32_t where[kBlock + kGroup];
+    const int32_t size = list_instances(cells, where, [&](int start) { write_group(start, 0); });
+    for (int32_t j = 0; j < size; ++j) write_voxel(where[j]);
+    return;
   }
-  if (start == kBlock) return;
-  List list;
-  list_from(start, list, [&](int at) {
-    const uint32_t outside = equal_to(cells + at, 0);
-    write_group(at, 0, outside);
-    return kWholeGroup & ~outside;
-  });
-  for (int j = 0; j < list.size; ++j) write_voxel(list.where[j]);
+  int32_t instance = 0;
+  for (int start = 0; start < kBlock; start += kGroup) {
+    const uint32_t foreground = number_of_mask(positive(cells + start));
+    uint32_t left = foreground & ~number_of_mask(write_group(start, instance));
+    if (left && left == foreground) {
+      instance = cells[start + __builtin_ctz(left)];
+      left &= ~number_of_mask(write_group(start, instance));
+    }
+    for (; left; left &= left - 1) write_voxel(start + __builtin_ctz(left));
+  }
 }
 
 template <typename T>
-static void mixed_gradient(const T (*slopes)[kBlock], const int32_t* cells, const T* coefficients,
-                           int32_t num_features, T* grad) {
+static void mixed_gradient(const T (*slopes)[kBlock], const Cells& cells, const T* coefficients, int32_t num_features,
+                           T* grad) {
+  const bool crowded = cells.changes > kFewChanges;
   switch (num_features) {
-    case 1: return weigh_mixed<T, 1>(slopes, cells, coefficients, grad);
-    case 2: return weigh_mixed<T, 2>(slopes, cells, coefficients, grad);
-    case 3: return weigh_mixed<T, 3>(slopes, cells, coefficients, grad);
-    case 4: return weigh_mixed<T, 4>(slopes, cells, coefficients, grad);
-    case 5: return weigh_mixed<T, 5>(slopes, cells, coefficients, grad);
-    case 6: return weigh_mixed<T, 6>(slopes, cells, coefficients, grad);
+    case 1: return weigh_mixed<T, 1>(slopes, cells.ids, crowded, coefficients, grad);
+    case 2: return weigh_mixed<T, 2>(slopes, cells.ids, crowded, coefficients, grad);
+    case 3: return weigh_mixed<T, 3>(slopes, cells.ids, crowded, coefficients, grad);
+    case 4: return weigh_mixed<T, 4>(slopes, cells.ids, crowded, coefficients, grad);
+    case 5: return weigh_mixed<T, 5>(slopes, cells.ids, crowded, coefficients, grad);
+    case 6: return weigh_mixed<T, 6>(slopes, cells.ids, crowded, coefficients, grad);
   }
 }
 
