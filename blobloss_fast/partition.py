@@ -6,6 +6,7 @@ module brings every accepted form of labels (binary target, class map, one-hot, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,9 +51,8 @@ class Partition(NamedTuple):
         """Return the partition with this capacity; without any, with what its ids need, or probably need."""
         if max_instances is not None:
             return self.but(max_instances=max_instances)
-        if may_guess:
-            return self.but(max_instances=_probable_capacity(self.instances), is_guess=True)
-        return self.with_largest_id()
+        guess = _probable_capacity(self.instances) if may_guess else None
+        return self.with_largest_id() if guess is None else self.but(max_instances=guess, is_guess=True)
 
     def in_zones(self, zones: Tensor | None, spacing: Sequence[float] | None) -> Partition:
         """Return the partition into the zones of the instances, with a target that says where these are.
@@ -158,14 +158,23 @@ def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Te
     return instances, foreground
 
 
-def _probable_capacity(instances: Tensor) -> int:
-    """Guess the largest id: if the volume is large, a quarter more than that of about ten voxels along every axis."""
-    voxels = instances[0, 0].numel()
-    if voxels < _LARGE_VOLUME or not _ops.is_plain(instances):
+def _probable_capacity(instances: Tensor) -> int | None:
+    """Guess the largest id: in a large volume, a quarter more than the largest of about a thousand voxels.
+
+    None if that is so large that ids will have to be renumbered.
+    """
+    if not _ops.is_plain(instances):
         return _USUAL_INSTANCES
-    few = [slice(None), slice(None), *(slice(None, None, size // 10 | 1) for size in instances.shape[2:])]
-    seen = int(instances[tuple(few)].max())
-    return max(_USUAL_INSTANCES, min(seen + seen // 4, voxels))
+    shape = instances.shape[2:]
+    voxels = math.prod(shape)
+    if voxels < _LARGE_VOLUME:
+        return _USUAL_INSTANCES
+    steps = [int(size / 1000 ** (1 / len(shape))) | 1 for size in shape]
+    few = (slice(None), slice(None), *(slice(step // 2, None, step) for step in steps))
+    seen = int(instances[few].max())
+    if seen > voxels:
+        return None
+    return max(_USUAL_INSTANCES, min(seen + seen // 4, voxels, torch.iinfo(instances.dtype).max))
 
 
 def _largest_id(instances: Tensor, voxels: int) -> tuple[Tensor, int, Tensor | None]:

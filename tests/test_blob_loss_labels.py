@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blobloss_fast import BlobLoss, blob_loss, blob_loss_instances, connected_components
+from blobloss_fast.kernels import native
 
 from . import oracle, scenes
 from .blob_loss_checks import COMPOUND, CRITERIA, DICE, check, criterion_of, pair, random_grad
@@ -188,7 +189,8 @@ def test_any_number_of_instances_without_being_told(largest):
         "as usual": [255],
         "many": [1250],  # one pass: 1,000 and a quarter
         "unseen": [255, 1000],
-        "more than voxels": [2**18, 2],
+        "more than bytes hold": [255],
+        "more than voxels": [2],  # renumbered
     }.items(),
 )
 def test_room_is_made_for_what_a_few_voxels_of_a_large_volume_show(case, capacities, cpu_backend, monkeypatch):
@@ -196,17 +198,18 @@ def test_room_is_made_for_what_a_few_voxels_of_a_large_volume_show(case, capacit
     if cpu_backend == "reference":
         pytest.skip("reads the largest id first, since it cannot stop early")
     ids = torch.zeros(1, 1, 64, 64, 64, dtype=torch.int64)
-    ids[..., 7, 14, 1:5] = 100
+    ids[..., 10, 17, 1:6] = 100  # of these, one voxel is looked at
     if case == "many":
-        ids[..., 14, 21, 5:12] = 1000
+        ids[..., 17, 24, 8:15] = 1000
     elif case == "unseen":
         ids[..., 1, 1, 1] = 1000
+    elif case == "more than bytes hold":
+        ids[..., 17, 24, 8:15] = 255
+        ids = ids.to(torch.uint8)
     elif case == "more than voxels":
-        ids[..., 14, 21, 5:12] = 10**9
+        ids[..., 17, 24, 8:15] = 10**9
     logits = scenes.random_logits(ids.shape)
     tried = []
-    from blobloss_fast.kernels import native
-
     loss = native.blob_loss
     monkeypatch.setattr(native, "blob_loss", lambda *args: tried.append(args[4] - 1) or loss(*args))
     values = [blob_loss(logits, instances=ids)]

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
 import blobloss_fast
@@ -343,6 +344,17 @@ def test_vmap_over_the_loss(size, max_instances, cpu_backend):
     mapped = torch.vmap(lambda x, i: loss(x[None], instances=i[None]))(logits, ids)
     expected = torch.stack([loss(x[None], instances=i[None]) for x, i in zip(logits, ids, strict=True)])
     torch.testing.assert_close(mapped, expected, rtol=0, atol=0)
+
+
+def test_tensors_without_values(cpu_backend):
+    """Nothing is read from ids that a fake tensor stands for, unless their largest has to be known."""
+    if cpu_backend == "reference":
+        pytest.skip("reads the largest id")
+    with FakeTensorMode() as mode:
+        logits, ids = (mode.from_tensor(tensor) for tensor in volume(size=(64, 64, 64)))
+        loss = BlobLoss()(logits, instances=ids)
+    assert isinstance(loss, FakeTensor)
+    assert loss.shape == ()
 
 
 def test_backends_names_every_kind_of_device():
