@@ -68,7 +68,7 @@ Plan plan_for(const bl_problem& problem) {
   return plan;
 }
 
-// Adds up the tables of a group's slabs, in their order, into the first of them.
+// Adds up the tables of a group's slabs, in their order, in the first of them, and copies out what is there then.
 template <typename T>
 void combine(const bl_threads& threads, const bl_problem& problem, const Plan& plan, double* tables, int64_t* counts,
              T* sums) {

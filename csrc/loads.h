@@ -231,7 +231,7 @@ BL_INLINE int32_t is_class(F value, int32_t classes) {
 }
 
 struct Found {
-  bool constant;    // the target, where all ids are the same
+  bool constant;    // all ids are the same, and so are the values of the target
   int32_t unknown;  // not 0 if a voxel that is not ignored has a value that a target of this kind may not hold
 };
 

@@ -199,22 +199,23 @@ static void add_mixed(const T (*values)[kBlock], const int32_t* cells, bool crow
     uint32_t where[kBlock + kGroup];
     const int32_t size = list_instances(cells, where, take_background);
     for (int32_t j = 0; j < size; ++j) add_voxel<T, F>(values, cells, where[j], table);
-  }
-  for (int start = 0; start < kBlock && !crowded; start += kGroup) {
-    const uint32_t outside = take_background(start);
-    if (outside == kWholeGroup) continue;
-    const uint32_t inside = take_own(start);
-    uint32_t left = number_of_mask(positive(cells + start)) & ~inside;
-    if (left && !inside) {
-      flush();
-      instance = cells[start + __builtin_ctz(left)];
-      num_own = 0;
-      for (auto& lanes : own) lanes = {};
-      left &= ~take_own(start);
+  } else {
+    for (int start = 0; start < kBlock; start += kGroup) {
+      const uint32_t outside = take_background(start);
+      if (outside == kWholeGroup) continue;
+      const uint32_t inside = take_own(start);
+      uint32_t left = number_of_mask(positive(cells + start)) & ~inside;
+      if (left && !inside) {
+        flush();
+        instance = cells[start + __builtin_ctz(left)];
+        num_own = 0;
+        for (auto& lanes : own) lanes = {};
+        left &= ~take_own(start);
+      }
+      for (; left; left &= left - 1) add_voxel<T, F>(values, cells, start + __builtin_ctz(left), table);
     }
-    for (; left; left &= left - 1) add_voxel<T, F>(values, cells, start + __builtin_ctz(left), table);
+    flush();
   }
-  flush();
   table[0] += num_background;
   for (int f = 0; f < F; ++f) table[1 + f] += background[f].total();
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blobloss_fast import BlobLoss, criteria
-from blobloss_fast.kernels import native
+from blobloss_fast.kernels import native, reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
@@ -75,6 +75,22 @@ def test_two_callers_at_once(name: str) -> None:
     torch.set_num_threads(2)
     with ThreadPoolExecutor(2) as callers:
         assert list(callers.map(lambda _: run(name, *problem), range(6))) == 6 * [bits]
+
+
+def test_tables_that_several_threads_add_up() -> None:
+    """Six groups of 700 cells in two slabs each, cut among threads wherever that may be."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, 2, 60_000, generator=generator)
+    ids = torch.randint(-50, 700, logits.shape, generator=generator, dtype=torch.int32)
+    options = (None, 700, ("prob", "nll_pos"), "sigmoid", 0.0, "class")
+    counts, sums = reference.segment_stats_forward(logits.double(), ids, *options)
+    found = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        found.append(native.segment_stats_forward(logits, ids, *options))
+        assert torch.equal(found[-1][0], counts)
+        torch.testing.assert_close(found[-1][1].double(), sums, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found[-1][1], found[0][1]), f"{count} threads"
 
 
 @pytest.mark.slow
