@@ -99,7 +99,7 @@ BL_INLINE void weigh(const T (*slopes)[kBlock], int start, const int32_t* cells,
     }
   }
   for (int i = 0; i < kGroup; ++i) {
-    const Bits known = (cells[i] == cell) | (cells[i] == 0) ? ~Bits{0} : Bits{0};
+    const Bits known = ((cells[i] == cell) | (cells[i] == 0)) ? ~Bits{0} : Bits{0};
     grad[i] = number_of(static_cast<Bits>(bits_of(sum[i]) & known));
   }
 }
