@@ -169,7 +169,7 @@ def _probable_capacity(instances: Tensor) -> int | None:
     voxels = math.prod(shape)
     if voxels < _LARGE_VOLUME:
         return _USUAL_INSTANCES
-    steps = [int(size / 1000 ** (1 / len(shape))) | 1 for size in shape]
+    steps = [int(size / 1000 ** (1 / len(shape))) | 1 for size in shape]  # odd, which few patterns fall in step with
     few = (slice(None), slice(None), *(slice(step // 2, None, step) for step in steps))
     seen = int(instances[few].max())
     if seen > voxels:
