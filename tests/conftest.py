@@ -1,4 +1,7 @@
-"""What the test files share: asserts that explain themselves, and both backends of the CPU."""
+"""What the test files share: asserts that explain themselves, both backends of the CPU, and its instruction sets."""
+
+import ctypes
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,3 +34,18 @@ def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     module = {"native": native, "reference": reference}[request.param]
     monkeypatch.setattr(_ops, "_for_cpu", lambda: module)
     return request.param
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    """The native library, on each instruction set that it was compiled for and that this machine has."""
+    from blobloss_fast.kernels import native
+
+    if not native.available():
+        pytest.skip(native.why_not() or "")
+    library = ctypes.CDLL(str(native.PATH))
+    usual = native.isa().encode()
+    if not library.blobloss_use_isa(request.param.encode()):
+        pytest.skip(f"{request.param} is not in this build or not on this machine")
+    yield library
+    assert library.blobloss_use_isa(usual)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,17 +15,7 @@ BLOCK = 512
 BOUNDS = {torch.float32: 2e-6, torch.float64: 1e-13}
 GAMMA = 2.0
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"], autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    library = ctypes.CDLL(str(native.PATH))
-    usual = native.isa().encode()
-    if not library.blobloss_use_isa(request.param.encode()):
-        pytest.skip("this machine has not got it")
-    yield
-    assert library.blobloss_use_isa(usual)
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def check(logits: Tensor, ids: Tensor, target: Tensor | None, num_cells: int, features: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
 import numpy as np
@@ -20,34 +19,27 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_no
 # ---------------------------------------------------------------- every instruction set
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
+@pytest.mark.usefixtures("library")
+def test_every_instruction_set():
     """Short stretches and long ones, at the ends of rows and of volumes, ids of two bytes and of four."""
-    library = ctypes.CDLL(str(native.PATH))
-    if not library.blobloss_use_isa(isa.encode()):
-        pytest.skip(f"{isa} is not here")
     random = np.random.default_rng(5)
-    try:
-        for shape in ((1, 2, 5, 9, 129), (2, 1, 70, 64), (1, 1, 3000), (1, 1, 4, 3, 17), (1, 1, 40, 40, 40)):
-            for step, density in itertools.product((1, 4, 16, 40), (0.05, 0.3, 0.6)):
-                changes = random.random(shape) < density / step
-                drawn = changes.cumsum(-1) % 2 if step > 1 else random.random(shape) < density
-                for dtype in (torch.uint8, torch.int32, torch.float32):
-                    mask = torch.from_numpy(np.asarray(drawn, np.uint8)).to(dtype)
-                    expected, _ = scipy_labels(mask, 26)
-                    assert torch.equal(connected_components(mask)[0], expected)
-                    ignored = torch.from_numpy(random.random(shape) < 0.1)
-                    target = mask.masked_fill(ignored, 9)
-                    arguments = target, shape[1], False, False, 26, 9
-                    narrow, counts = native_labels.label_target(*arguments, narrow=True)
-                    wide, expected_counts = native_labels.label_target(*arguments)
-                    assert narrow.dtype == torch.int16 and wide.dtype == torch.int32
-                    assert torch.equal(narrow.int(), wide) and torch.equal(counts, expected_counts)
-                    truth, _ = scipy_labels(mask * ~ignored, 26)
-                    assert torch.equal(wide, truth.masked_fill(ignored, -1))
-    finally:
-        for name in (b"baseline", b"avx2", b"avx512"):  # the best there is, as before
-            library.blobloss_use_isa(name)
+    for shape in ((1, 2, 5, 9, 129), (2, 1, 70, 64), (1, 1, 3000), (1, 1, 4, 3, 17), (1, 1, 40, 40, 40)):
+        for step, density in itertools.product((1, 4, 16, 40), (0.05, 0.3, 0.6)):
+            changes = random.random(shape) < density / step
+            drawn = changes.cumsum(-1) % 2 if step > 1 else random.random(shape) < density
+            for dtype in (torch.uint8, torch.int32, torch.float32):
+                mask = torch.from_numpy(np.asarray(drawn, np.uint8)).to(dtype)
+                expected, _ = scipy_labels(mask, 26)
+                assert torch.equal(connected_components(mask)[0], expected)
+                ignored = torch.from_numpy(random.random(shape) < 0.1)
+                target = mask.masked_fill(ignored, 9)
+                arguments = target, shape[1], False, False, 26, 9
+                narrow, counts = native_labels.label_target(*arguments, narrow=True)
+                wide, expected_counts = native_labels.label_target(*arguments)
+                assert narrow.dtype == torch.int16 and wide.dtype == torch.int32
+                assert torch.equal(narrow.int(), wide) and torch.equal(counts, expected_counts)
+                truth, _ = scipy_labels(mask * ~ignored, 26)
+                assert torch.equal(wide, truth.masked_fill(ignored, -1))
 
 
 # ---------------------------------------------------------------- ids of two bytes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,16 +17,6 @@ from blobloss_fast.kernels.layout import ACTIVATIONS, FEATURES
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built")
 
 ULPS = 2.0
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def library(request) -> Iterator[ctypes.CDLL]:
-    library = ctypes.CDLL(str(native.PATH))
-    usual = native.isa().encode()
-    if not library.blobloss_use_isa(request.param.encode()):
-        pytest.skip(f"{request.param} is not in this build or not on this machine")
-    yield library
-    assert library.blobloss_use_isa(usual)
 
 
 def evaluate(library: ctypes.CDLL, feature: str, x: np.ndarray, activation: str = "sigmoid", gamma: float = 2.0):

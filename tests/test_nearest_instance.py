@@ -5,7 +5,6 @@ Against all pairs of voxels in integers, and against one distance transform per 
 
 from __future__ import annotations
 
-import ctypes
 import math
 from fractions import Fraction
 
@@ -17,10 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blobloss_fast import _ops, labelling, nearest_instance
-from blobloss_fast.kernels import native, native_zones, zones
+from blobloss_fast.kernels import native_zones, zones
 
 both_backends = pytest.mark.usefixtures("cpu_backend")
-needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
 # Along a line, in planes and volumes: thin, of one voxel, around the sizes of a block (16) and a tile (128).
 SHAPES = (
@@ -155,25 +153,17 @@ def test_by_hand() -> None:
     assert nearest_instance(plane, spacing=(3, 1))[0, 0].tolist() == tall
 
 
-@needs_native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_the_backends_agree_bit_for_bit(isa: str) -> None:
+@pytest.mark.usefixtures("library")
+def test_the_backends_agree_bit_for_bit() -> None:
     """On every instruction set, with keys of 32 and 64 bits, and with weights that no 64 bits hold beside an id."""
-    library = ctypes.CDLL(str(native.PATH))
-    if not library.blobloss_use_isa(isa.encode()):
-        pytest.skip(f"{isa} is not here")
     rng = np.random.default_rng(3)
-    try:
-        for shape in ((9, 20, 140), (40, 3, 17), (20, 140)):
-            volumes = [volume(kind, shape, rng) for kind in ("few voxels", "balls", "ignored", "gaps")]
-            for weight in (1, 7 * 2**12, 2**32, 2**46 - 1):
-                weights = [weight, 1 + weight // 3, weight][: len(shape)]
-                for chosen in (volumes, [ids % 1000 for ids in volumes]):
-                    ids = batch_of(*chosen, channels=2)
-                    same(native_zones.nearest_instance(ids, weights), zones.nearest_instance(ids, weights), weights)
-    finally:
-        for name in (b"baseline", b"avx2", b"avx512"):  # the best there is, as before
-            library.blobloss_use_isa(name)
+    for shape in ((9, 20, 140), (40, 3, 17), (20, 140)):
+        volumes = [volume(kind, shape, rng) for kind in ("few voxels", "balls", "ignored", "gaps")]
+        for weight in (1, 7 * 2**12, 2**32, 2**46 - 1):
+            weights = [weight, 1 + weight // 3, weight][: len(shape)]
+            for chosen in (volumes, [ids % 1000 for ids in volumes]):
+                ids = batch_of(*chosen, channels=2)
+                same(native_zones.nearest_instance(ids, weights), zones.nearest_instance(ids, weights), weights)
 
 
 @both_backends
