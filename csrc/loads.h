@@ -186,17 +186,14 @@ static void load_ids(const bl_volume& volume, int64_t offset, int n, int32_t* to
 // The cells of a block: negative where ignored, otherwise below num_cells.
 struct Cells {
   const int32_t* ids;
-  int32_t changes;  // from one voxel to the next; one may count twice
-
-  BL_INLINE_MEMBER bool uniform() const { return changes == 0; }
+  bool uniform;  // all are the same
 };
 
-BL_INLINE int32_t count_changes(const int32_t* __restrict cells) {
-  int32_t changes = 0;
-  for (int i = 0; i < kBlock - kGroup; ++i) changes += cells[i] != cells[i + 1];
-  const int32_t* __restrict last = cells + kBlock - kGroup;  // of whole vectors, so that one pair is seen again
-  for (int i = 0; i < kGroup; ++i) changes += last[i - 1] != last[i];
-  return changes;
+BL_INLINE bool are_same(const int32_t* __restrict ids) {
+  const int32_t first = ids[0];
+  int32_t differences = 0;
+  for (int i = 0; i < kBlock; ++i) differences |= ids[i] ^ first;
+  return !differences;
 }
 
 BL_INLINE int32_t largest_in_block(const int32_t* __restrict cells) {
@@ -315,8 +312,8 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
   }
   const int64_t room = target.data ? problem.num_cells / 2 : problem.num_cells;
   const int32_t capacity = room > INT32_MAX / 2 ? INT32_MAX / 2 : static_cast<int32_t>(room);
-  int32_t changes = count_changes(ids);
-  if ((changes ? largest_in_block(ids) : ids[0]) >= capacity) {
+  bool uniform = are_same(ids);
+  if ((uniform ? ids[0] : largest_in_block(ids)) >= capacity) {
     *status |= BL_TOO_LARGE;
     for (int i = 0; i < kBlock; ++i) buffer[i] = ids[i] >= capacity ? capacity - 1 : ids[i];
     ids = buffer;
@@ -326,12 +323,12 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
     const int64_t from = b * target.batch_stride + c * target.channel_stride + start;
     int32_t* cells_of_both = buffer + kBlock;
     const int32_t classes = static_cast<int32_t>(problem.channels);
-    const Found found = join(target, from, n, own, classes, !changes && n == kBlock, ids, cells_of_both);
+    const Found found = join(target, from, n, own, classes, uniform && n == kBlock, ids, cells_of_both);
     if (found.unknown) *status |= own < 0 ? BL_NOT_BINARY : BL_NOT_A_CLASS;
     ids = cells_of_both;
-    if (!found.constant) changes = count_changes(ids);
+    uniform = found.constant || are_same(ids);
   }
-  return {ids, changes};
+  return {ids, uniform};
 }
 
 }  // namespace BLOBLOSS_ISA

@@ -130,6 +130,14 @@ BL_INLINE void weigh(const float (*slopes)[kBlock], int start, const int32_t*, i
 
 // ---------------------------------------------------------------- crowded blocks
 
+BL_INLINE bool is_crowded(const int32_t* __restrict cells) {
+  int32_t changes = 0;
+  for (int i = 0; i < kBlock - kGroup; ++i) changes += cells[i] != cells[i + 1];
+  const int32_t* __restrict last = cells + kBlock - kGroup;  // of whole vectors, so that one pair is seen again
+  for (int i = 0; i < kGroup; ++i) changes += last[i - 1] != last[i];
+  return changes > kFewChanges;
+}
+
 // Lists the voxels of instances, after calling `before` for every group; returns how many.
 template <typename Before>
 BL_INLINE int32_t list_instances(const int32_t* cells, uint32_t (&where)[kBlock + kGroup], Before before) {
@@ -221,16 +229,16 @@ static void add_mixed(const T (*values)[kBlock], const int32_t* cells, bool crow
 }
 
 template <typename T>
-static void add_mixed_block(const T (*values)[kBlock], const Cells& cells, int32_t num_features, double* table) {
-  const bool crowded = cells.changes > kFewChanges;
+static void add_mixed_block(const T (*values)[kBlock], const int32_t* cells, int32_t num_features, double* table) {
+  const bool crowded = is_crowded(cells);
   switch (num_features) {
-    case 0: return add_mixed<T, 0>(values, cells.ids, crowded, table);
-    case 1: return add_mixed<T, 1>(values, cells.ids, crowded, table);
-    case 2: return add_mixed<T, 2>(values, cells.ids, crowded, table);
-    case 3: return add_mixed<T, 3>(values, cells.ids, crowded, table);
-    case 4: return add_mixed<T, 4>(values, cells.ids, crowded, table);
-    case 5: return add_mixed<T, 5>(values, cells.ids, crowded, table);
-    case 6: return add_mixed<T, 6>(values, cells.ids, crowded, table);
+    case 0: return add_mixed<T, 0>(values, cells, crowded, table);
+    case 1: return add_mixed<T, 1>(values, cells, crowded, table);
+    case 2: return add_mixed<T, 2>(values, cells, crowded, table);
+    case 3: return add_mixed<T, 3>(values, cells, crowded, table);
+    case 4: return add_mixed<T, 4>(values, cells, crowded, table);
+    case 5: return add_mixed<T, 5>(values, cells, crowded, table);
+    case 6: return add_mixed<T, 6>(values, cells, crowded, table);
   }
 }
 
@@ -276,16 +284,16 @@ static void weigh_mixed(const T (*slopes)[kBlock], const int32_t* cells, bool cr
 }
 
 template <typename T>
-static void mixed_gradient(const T (*slopes)[kBlock], const Cells& cells, const T* coefficients, int32_t num_features,
+static void mixed_gradient(const T (*slopes)[kBlock], const int32_t* cells, const T* coefficients, int32_t num_features,
                            T* grad) {
-  const bool crowded = cells.changes > kFewChanges;
+  const bool crowded = is_crowded(cells);
   switch (num_features) {
-    case 1: return weigh_mixed<T, 1>(slopes, cells.ids, crowded, coefficients, grad);
-    case 2: return weigh_mixed<T, 2>(slopes, cells.ids, crowded, coefficients, grad);
-    case 3: return weigh_mixed<T, 3>(slopes, cells.ids, crowded, coefficients, grad);
-    case 4: return weigh_mixed<T, 4>(slopes, cells.ids, crowded, coefficients, grad);
-    case 5: return weigh_mixed<T, 5>(slopes, cells.ids, crowded, coefficients, grad);
-    case 6: return weigh_mixed<T, 6>(slopes, cells.ids, crowded, coefficients, grad);
+    case 1: return weigh_mixed<T, 1>(slopes, cells, crowded, coefficients, grad);
+    case 2: return weigh_mixed<T, 2>(slopes, cells, crowded, coefficients, grad);
+    case 3: return weigh_mixed<T, 3>(slopes, cells, crowded, coefficients, grad);
+    case 4: return weigh_mixed<T, 4>(slopes, cells, crowded, coefficients, grad);
+    case 5: return weigh_mixed<T, 5>(slopes, cells, crowded, coefficients, grad);
+    case 6: return weigh_mixed<T, 6>(slopes, cells, crowded, coefficients, grad);
   }
 }
 

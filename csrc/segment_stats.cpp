@@ -17,7 +17,7 @@ namespace BLOBLOSS_ISA {
 template <typename T>
 static void add_block(const bl_problem& problem, Block<T>& block, const T* z, const Cells& cells, double* table,
                       int32_t* status) {
-  if (cells.uniform() && cells.ids[0] < 0) return;
+  if (cells.uniform && cells.ids[0] < 0) return;
   if (problem.activation == BL_NONE) {
     int32_t outside = 0;
     for (int i = 0; i < kBlock; ++i) outside |= ((z[i] < 0) | (z[i] > 1)) & (cells.ids[i] >= 0);
@@ -25,8 +25,8 @@ static void add_block(const bl_problem& problem, Block<T>& block, const T* z, co
   }
   const int32_t num_features = problem.num_features;
   evaluate_block(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma),
-                 !cells.uniform());
-  if (!cells.uniform()) return add_mixed_block(block.out, cells, num_features, table);
+                 !cells.uniform);
+  if (!cells.uniform) return add_mixed_block(block.out, cells.ids, num_features, table);
   double* row = table + static_cast<int64_t>(cells.ids[0]) * (1 + num_features);
   row[0] += kBlock;
   for (int32_t f = 0; f < num_features; ++f) row[1 + f] += block.sums[f];
@@ -37,14 +37,14 @@ template <typename T>
 static void block_gradient(const bl_problem& problem, Block<T>& block, const T* z, const Cells& cells,
                            const T* coefficients, T* __restrict grad) {
   const int32_t num_features = problem.num_features;
-  if (num_features == 0 || (cells.uniform() && cells.ids[0] < 0)) {
+  if (num_features == 0 || (cells.uniform && cells.ids[0] < 0)) {
     for (int i = 0; i < kBlock; ++i) grad[i] = 0;
     return;
   }
-  const T* row = cells.uniform() ? coefficients + static_cast<int64_t>(cells.ids[0]) * num_features : nullptr;
+  const T* row = cells.uniform ? coefficients + static_cast<int64_t>(cells.ids[0]) * num_features : nullptr;
   evaluate_slopes(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma), row,
                   grad);
-  if (!cells.uniform()) mixed_gradient(block.out, cells, coefficients, num_features, grad);
+  if (!cells.uniform) mixed_gradient(block.out, cells.ids, coefficients, num_features, grad);
 }
 
 // ---------------------------------------------------------------- tasks
