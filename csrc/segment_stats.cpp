@@ -67,6 +67,18 @@ BL_INLINE int block_size(const bl_problem& problem, int64_t start) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
 }
 
+// What the block after the one at `start` reads and, with a gradient, writes; nothing, if there is none.
+BL_INLINE Ahead ahead_of(const bl_problem& problem, int64_t b, int64_t c, int64_t start, const void* grad) {
+  Ahead ahead;
+  start += kBlock;
+  if (start >= problem.voxels) return ahead;
+  ahead.add(problem.logits, b, c, start);
+  ahead.add(problem.cells, b, c, start);
+  ahead.add(problem.target, b, c, start);
+  if (grad) ahead.add(grad, problem.logits.type, (b * problem.channels + c) * problem.voxels + start);
+  return ahead;
+}
+
 template <typename T>
 static void add_channel_block(const bl_problem& problem, Scratch<T>& scratch, int64_t group, int64_t start,
                               double* table, int32_t* status) {
@@ -76,6 +88,7 @@ static void add_channel_block(const bl_problem& problem, Scratch<T>& scratch, in
   const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
   const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
   const T* z = load_logits(problem.logits, offset, n, scratch.logits);
+  scratch.block.ahead = ahead_of(problem, b, c, start, nullptr);
   add_block(problem, scratch.block, z, cells, table, status);
 }
 
@@ -95,6 +108,7 @@ static void write_channel_block(const bl_problem& problem, Scratch<T>& scratch, 
     const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
     const T* z = load_logits(problem.logits, offset, n, scratch.logits);
     const T* coefficients = grad_sums + group * problem.num_cells * problem.num_features;
+    scratch.block.ahead = ahead_of(problem, b, c, start, grad);
     block_gradient(problem, scratch.block, z, cells, coefficients, out);
   }
   if (!in_place) store_gradient(problem.logits.type, grad, to, n, out);
@@ -108,6 +122,7 @@ static void add_softmax_block(const bl_problem& problem, Scratch<T>& scratch, So
   for (int64_t c = softmax.first(problem); c < problem.channels; ++c) {
     const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
     softmax.pre_activation(c, scratch.logits);
+    scratch.block.ahead = ahead_of(problem, b, c, start, nullptr);
     add_block(problem, scratch.block, scratch.logits, cells, table + c * problem.num_cells * plan.row, status);
   }
 }
@@ -123,6 +138,7 @@ static void write_softmax_block(const bl_problem& problem, Scratch<T>& scratch, 
     const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, &ignored_status);
     softmax.pre_activation(c, scratch.logits);
     const T* coefficients = grad_sums + (b * problem.channels + c) * problem.num_cells * problem.num_features;
+    scratch.block.ahead = ahead_of(problem, b, c, start, grad);
     block_gradient(problem, scratch.block, scratch.logits, cells, coefficients, scratch.grad);
     softmax.add_gradient(c, scratch.grad, cells.ids);
   }

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "ahead.h"
 #include "blobloss.h"
 #include "vector_math.h"
 
@@ -24,6 +25,7 @@ struct Block {
   alignas(64) T out[BLOBLOSS_MAX_FEATURES][kBlock];  // values, or slopes
   alignas(64) T unread[kBlock];                      // takes what was not asked for
   double sums[BLOBLOSS_MAX_FEATURES];                // of the values
+  Ahead ahead;                                       // fetched while t and r are computed
 };
 
 // ---------------------------------------------------------------- sums
@@ -91,9 +93,13 @@ template <typename T>
 static void exponentials(Block<T>& block, const T* __restrict z) {
   T* __restrict t = block.t;
   T* __restrict r = block.r;
-  for (int i = 0; i < kBlock; ++i) {
-    t[i] = exp_nonpositive(-absolute(z[i]));
-    r[i] = T(1) / (T(1) + t[i]);
+  constexpr int kStep = 64;  // a few vectors: a compiler makes none of a loop that fetches
+  for (int start = 0; start < kBlock; start += kStep) {
+    for (int i = start; i < start + kStep; i += 16) block.ahead.fetch(i);
+    for (int i = start; i < start + kStep; ++i) {
+      t[i] = exp_nonpositive(-absolute(z[i]));
+      r[i] = T(1) / (T(1) + t[i]);
+    }
   }
 }
 

@@ -111,7 +111,9 @@ static void evaluate_floats(Block<float>& block, const float* z, const Places& p
   struct Sums {
     __m512 prob = _mm512_setzero_ps(), pos = prob, neg = prob;
   } even, odd;
+  const Ahead ahead = block.ahead;  // its own, so that it stays in registers
   const auto sixteen = [&](int i, Sums& sums) __attribute__((always_inline)) {
+    ahead.fetch(i);
     const __m512 own = _mm512_loadu_ps(z + i);
     const Sigmoid s = sigmoid(own);
     if (kKeep) keep(block, i, s);
@@ -163,7 +165,9 @@ static void slopes_of_floats(Block<float>& block, const float* z, const Places& 
   };
   const __m512 of_prob = weight(BL_PROB), of_neg = weight(BL_NLL_NEG);
   const __m512 of_pos = _mm512_sub_ps(_mm512_setzero_ps(), weight(BL_NLL_POS));
+  const Ahead ahead = block.ahead;
   for (int i = 0; i < kBlock; i += 16) {
+    ahead.fetch(i);
     const Sigmoid s = sigmoid(_mm512_loadu_ps(z + i));
     if (kKeep) keep(block, i, s);
     if (kKeep && places.has_focal()) _mm512_store_ps(block.l + i, log1p_unit(s.t));
