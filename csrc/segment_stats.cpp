@@ -67,10 +67,9 @@ BL_INLINE int block_size(const bl_problem& problem, int64_t start) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
 }
 
-// What the block after the one at `start` reads and, with a gradient, writes; nothing, if there is none.
+// What the block at `start` reads and, with a gradient, writes; nothing if it is beyond the volume.
 BL_INLINE Ahead ahead_of(const bl_problem& problem, int64_t b, int64_t c, int64_t start, const void* grad) {
   Ahead ahead;
-  start += kBlock;
   if (start >= problem.voxels) return ahead;
   ahead.add(problem.logits, b, c, start);
   ahead.add(problem.cells, b, c, start);
@@ -81,14 +80,14 @@ BL_INLINE Ahead ahead_of(const bl_problem& problem, int64_t b, int64_t c, int64_
 
 template <typename T>
 static void add_channel_block(const bl_problem& problem, Scratch<T>& scratch, int64_t group, int64_t start,
-                              double* table, int32_t* status) {
+                              int64_t next, double* table, int32_t* status) {
   const int64_t b = group / problem.channels, c = group % problem.channels;
   if (problem.channel0 == BL_UNUSED && c == 0) return;
   const int n = block_size(problem, start);
   const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
   const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
   const T* z = load_logits(problem.logits, offset, n, scratch.logits);
-  scratch.block.ahead = ahead_of(problem, b, c, start, nullptr);
+  scratch.block.ahead = ahead_of(problem, b, c, next, nullptr);
   add_block(problem, scratch.block, z, cells, table, status);
 }
 
@@ -108,7 +107,7 @@ static void write_channel_block(const bl_problem& problem, Scratch<T>& scratch, 
     const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
     const T* z = load_logits(problem.logits, offset, n, scratch.logits);
     const T* coefficients = grad_sums + group * problem.num_cells * problem.num_features;
-    scratch.block.ahead = ahead_of(problem, b, c, start, grad);
+    scratch.block.ahead = ahead_of(problem, b, c, start + kBlock, grad);
     block_gradient(problem, scratch.block, z, cells, coefficients, out);
   }
   if (!in_place) store_gradient(problem.logits.type, grad, to, n, out);
@@ -116,13 +115,13 @@ static void write_channel_block(const bl_problem& problem, Scratch<T>& scratch, 
 
 template <typename T>
 static void add_softmax_block(const bl_problem& problem, Scratch<T>& scratch, Softmax<T>& softmax, int64_t b,
-                              int64_t start, const Plan& plan, double* table, int32_t* status) {
+                              int64_t start, int64_t next, const Plan& plan, double* table, int32_t* status) {
   const int n = block_size(problem, start);
   softmax.load(problem, b, start, n);
   for (int64_t c = softmax.first(problem); c < problem.channels; ++c) {
     const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
     softmax.pre_activation(c, scratch.logits);
-    scratch.block.ahead = ahead_of(problem, b, c, start, nullptr);
+    scratch.block.ahead = ahead_of(problem, b, c, next, nullptr);
     add_block(problem, scratch.block, scratch.logits, cells, table + c * problem.num_cells * plan.row, status);
   }
 }
@@ -138,7 +137,7 @@ static void write_softmax_block(const bl_problem& problem, Scratch<T>& scratch, 
     const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, &ignored_status);
     softmax.pre_activation(c, scratch.logits);
     const T* coefficients = grad_sums + (b * problem.channels + c) * problem.num_cells * problem.num_features;
-    scratch.block.ahead = ahead_of(problem, b, c, start, grad);
+    scratch.block.ahead = ahead_of(problem, b, c, start + kBlock, grad);
     block_gradient(problem, scratch.block, scratch.logits, cells, coefficients, scratch.grad);
     softmax.add_gradient(c, scratch.grad, cells.ids);
   }
@@ -162,10 +161,11 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begi
       if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
       const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
       for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
+        const int64_t next = start + kBlock < stop ? start + kBlock : (chunk + slabs) * kChunk;
         if (problem.activation == BL_SOFTMAX)
-          add_softmax_block(problem, scratch, softmax, group, start, plan, table, &status);
+          add_softmax_block(problem, scratch, softmax, group, start, next, plan, table, &status);
         else
-          add_channel_block(problem, scratch, group, start, table, &status);
+          add_channel_block(problem, scratch, group, start, next, table, &status);
       }
     }
   }
