@@ -129,20 +129,19 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   const Plan plan = plan_for(*problem);
   const int64_t tasks = plan.groups * plan.slabs;
   const size_t table = static_cast<size_t>(plan.channels * problem->num_cells * plan.row);
-  double* tables = static_cast<double*>(malloc((static_cast<size_t>(tasks) * table + 1) * sizeof(double)));
+  double* tables = static_cast<double*>(calloc(static_cast<size_t>(tasks) * table + 1, sizeof(double)));
   if (!tables) return BL_NO_MEMORY;
   std::atomic<int32_t> status{0};
   run_parallel(threads_for(*problem), tasks, [&](int64_t begin, int64_t end) {
     const int32_t found = kernels().forward(*problem, plan, begin, end, tables);
     if (found) status.fetch_or(found);
   });
-  const int32_t failed = status.load();  // then a thread may have left before it cleared its tables
-  if (!failed && problem->logits.type == BL_F64)
+  if (problem->logits.type == BL_F64)
     combine(problem->threads, *problem, plan, tables, counts, static_cast<double*>(sums));
-  if (!failed && problem->logits.type != BL_F64)
+  else
     combine(problem->threads, *problem, plan, tables, counts, static_cast<float*>(sums));
   free(tables);
-  return failed;
+  return status.load();
 }
 
 int32_t blobloss_segment_stats_backward(const bl_problem* problem, const void* grad_sums, const void* scales,

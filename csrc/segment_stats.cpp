@@ -156,9 +156,7 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begi
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.slabs, slabs = plan.slabs / plan.regions;
     const int64_t region = task % plan.slabs / slabs, last = first_chunk(plan, region + 1);
-    const int64_t entries = plan.channels * problem.num_cells * plan.row;
-    double* table = tables + task * entries;
-    for (int64_t i = 0; i < entries; ++i) table[i] = 0;  // here, so that each thread clears what it adds to
+    double* table = tables + task * plan.channels * problem.num_cells * plan.row;
     for (int64_t chunk = first_chunk(plan, region) + task % slabs; chunk < last; chunk += slabs) {
       if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
       const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;

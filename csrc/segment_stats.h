@@ -25,7 +25,7 @@ struct RowPasses;  // label_rows.h
 // All that was compiled for one instruction set. The kernels work through tasks [begin, end) and return what bl_status says.
 struct Kernels {
   const char* name;
-  // Task g * slabs + s adds slab s of group g into tables[task], [channels, num_cells, row], which it clears before.
+  // Task g * slabs + s adds slab s of group g into tables[task], [channels, num_cells, row], which is zero before.
   int32_t (*forward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables);
   // Task g * chunks + j writes the gradient in chunk j of group g.
   int32_t (*backward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, const void* grad_sums,
