@@ -16,21 +16,25 @@ class Ahead {
     if (volume.data) add(volume.data, volume.type, b * volume.batch_stride + c * volume.channel_stride + start);
   }
   void add(const void* data, int32_t type, int64_t offset) {
-    constexpr int64_t kBytes[] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};  // in the order of bl_type
-    streams_[size_++] = {static_cast<const char*>(data) + offset * kBytes[type], kBytes[type]};
+    constexpr uintptr_t kBytes[] = {2, 2, 4, 8, 1, 1, 1, 2, 4, 8};  // in the order of bl_type
+    const uintptr_t first = reinterpret_cast<uintptr_t>(data);
+    streams_[size_++] = {first + static_cast<uintptr_t>(offset) * kBytes[type], kBytes[type]};
   }
-  // The line in which voxel i of each lies. If i goes up in steps of 16, that is every line, or every other line of
-  // voxels of 8 bytes, which processors fetch in pairs.
-  BL_INLINE_MEMBER void fetch(int64_t i) const {
-    for (int32_t s = 0; s < size_; ++s) __builtin_prefetch(streams_[s].data + i * streams_[s].bytes);
+  // The line in which voxel i of each lies, or would lie: there is no harm in an address of nothing. If i goes up in steps
+  // of 16, that is every line; of voxels of 8 bytes every other line, and many processors fetch the next one with it.
+  BL_INLINE_MEMBER void fetch(int i) const {
+    for (int32_t s = 0; s < size_; ++s) {
+      const uintptr_t address = streams_[s].address + static_cast<uintptr_t>(i) * streams_[s].bytes;
+      __builtin_prefetch(reinterpret_cast<const void*>(address));
+    }
   }
 
  private:
   struct Stream {
-    const char* data;
-    int64_t bytes;  // of a voxel
+    uintptr_t address;
+    uintptr_t bytes;  // of a voxel
   };
-  Stream streams_[4];  // logits, cells, target, gradient
+  Stream streams_[4] = {};  // logits, cells, target, gradient
   int32_t size_ = 0;
 };
 

@@ -8,8 +8,6 @@
 namespace blobloss {
 namespace BLOBLOSS_ISA {
 
-constexpr int kGroup = 16;  // cells that are looked at together: a vector of AVX-512
-
 // ---------------------------------------------------------------- half precision, by integer arithmetic
 
 BL_INLINE float from_half(uint16_t half) {

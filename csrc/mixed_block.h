@@ -11,7 +11,8 @@ namespace BLOBLOSS_ISA {
 
 constexpr uint32_t kWholeGroup = 0xffff;
 constexpr int32_t kNone = INT32_MAX;  // no cell has this number
-constexpr int kFewChanges = 5;  // of cells from one voxel to the next, in a third of a block that is not crowded
+constexpr int kGroup = 16;      // voxels that are looked at together: the cells in a vector of AVX-512
+constexpr int kFewChanges = 5;  // of cells from one voxel to the next, in every third group of a block
 
 // ---------------------------------------------------------------- groups: one bit or one lane per voxel
 
@@ -130,7 +131,7 @@ BL_INLINE void weigh(const float (*slopes)[kBlock], int start, const int32_t*, i
 
 // ---------------------------------------------------------------- crowded blocks
 
-// How many voxels of a group differ from the one before.
+// How many voxels of a group, which is not the first, lie in another cell than the one before.
 BL_INLINE int32_t count_changes(const int32_t* __restrict cells) {
 #if defined(__AVX512F__)
   const __m512i before = _mm512_loadu_si512(cells - 1), own = _mm512_loadu_si512(cells);
@@ -142,29 +143,31 @@ BL_INLINE int32_t count_changes(const int32_t* __restrict cells) {
 #endif
 }
 
-// As every third group tells, which is nearly as good as all of them.
+// Judged by every third group, which is nearly as good as by all.
 BL_INLINE bool is_crowded(const int32_t* cells) {
   int32_t changes = 0;
   for (int start = kGroup; start < kBlock; start += 3 * kGroup) changes += count_changes(cells + start);
   return changes > kFewChanges;
 }
 
-// Lists the voxels that are not background, which a function tells of a group; returns how many.
-template <typename Function>
-BL_INLINE int32_t list_others(uint32_t (&where)[kBlock + kGroup], Function take_background) {
+// Lists the voxels of instances, after calling `before` for every group; returns how many.
+template <typename Before>
+BL_INLINE int32_t list_instances(const int32_t* cells, uint32_t (&where)[kBlock + kGroup], Before before) {
   int32_t size = 0;
 #if defined(__AVX512F__)
   __m512i voxels = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int start = 0; start < kBlock; start += kGroup) {
-    const Mask others = static_cast<Mask>(_mm512_knot(take_background(start)));
-    _mm512_storeu_si512(where + size, _mm512_maskz_compress_epi32(others, voxels));
-    size += __builtin_popcount(number_of_mask(others));
+    before(start);
+    const Mask mask = positive(cells + start);
+    _mm512_storeu_si512(where + size, _mm512_maskz_compress_epi32(mask, voxels));
+    size += __builtin_popcount(number_of_mask(mask));
     voxels = _mm512_add_epi32(voxels, _mm512_set1_epi32(kGroup));
   }
 #else
   uint64_t bits = 0;
   for (int start = 0; start < kBlock; start += kGroup) {
-    bits |= static_cast<uint64_t>(take_background(start) ^ kWholeGroup) << start % 64;
+    before(start);
+    bits |= static_cast<uint64_t>(positive(cells + start)) << start % 64;
     if ((start + kGroup) % 64) continue;
     const int count = __builtin_popcountll(bits);
     for (int done = 0; done < count; done += 8)  // eight at a time: how often is easier to foresee
@@ -194,9 +197,10 @@ static void add_mixed(const T (*values)[kBlock], const int32_t* cells, bool crow
   int32_t instance = kNone, num_background = 0, num_own = 0;
   const auto take_background = [&](int at) {
     const Mask outside = equal_to(cells + at, 0);
-    num_background += __builtin_popcount(number_of_mask(outside));
+    const uint32_t bits = number_of_mask(outside);
+    num_background += __builtin_popcount(bits);
     for (int f = 0; f < F; ++f) background[f].add(values[f] + at, cells + at, 0, outside);
-    return outside;
+    return bits;
   };
   const auto take_own = [&](int at) {
     const Mask inside = equal_to(cells + at, instance);
@@ -213,12 +217,11 @@ static void add_mixed(const T (*values)[kBlock], const int32_t* cells, bool crow
   };
   if (crowded) {
     uint32_t where[kBlock + kGroup];
-    const int32_t size = list_others(where, take_background);
-    for (int32_t j = 0; j < size; ++j)
-      if (cells[where[j]] > 0) add_voxel<T, F>(values, cells, where[j], table);
+    const int32_t size = list_instances(cells, where, take_background);
+    for (int32_t j = 0; j < size; ++j) add_voxel<T, F>(values, cells, where[j], table);
   } else {
     for (int start = 0; start < kBlock; start += kGroup) {
-      const uint32_t outside = number_of_mask(take_background(start));
+      const uint32_t outside = take_background(start);
       if (outside == kWholeGroup) continue;
       const uint32_t inside = take_own(start);
       uint32_t left = number_of_mask(positive(cells + start)) & ~inside;
@@ -276,9 +279,8 @@ static void weigh_mixed(const T (*slopes)[kBlock], const int32_t* cells, bool cr
   };
   if (crowded) {
     uint32_t where[kBlock + kGroup];
-    const int32_t size = list_others(where, [&](int start) { return write_group(start, 0); });
-    for (int32_t j = 0; j < size; ++j)
-      if (cells[where[j]] > 0) write_voxel(where[j]);
+    const int32_t size = list_instances(cells, where, [&](int start) { write_group(start, 0); });
+    for (int32_t j = 0; j < size; ++j) write_voxel(where[j]);
     return;
   }
   int32_t instance = 0;

@@ -158,10 +158,11 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begi
     const int64_t region = task % plan.slabs / slabs, last = first_chunk(plan, region + 1);
     double* table = tables + task * plan.channels * problem.num_cells * plan.row;
     for (int64_t chunk = first_chunk(plan, region) + task % slabs; chunk < last; chunk += slabs) {
+      const int64_t next_chunk = chunk + slabs < last ? (chunk + slabs) * kChunk : problem.voxels;
       if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
       const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
       for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
-        const int64_t next = start + kBlock < stop ? start + kBlock : (chunk + slabs) * kChunk;
+        const int64_t next = start + kBlock < stop ? start + kBlock : next_chunk;
         if (problem.activation == BL_SOFTMAX)
           add_softmax_block(problem, scratch, softmax, group, start, next, plan, table, &status);
         else

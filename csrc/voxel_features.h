@@ -25,7 +25,7 @@ struct Block {
   alignas(64) T out[BLOBLOSS_MAX_FEATURES][kBlock];  // values, or slopes
   alignas(64) T unread[kBlock];                      // takes what was not asked for
   double sums[BLOBLOSS_MAX_FEATURES];                // of the values
-  Ahead ahead;                                       // fetched while t and r are computed
+  Ahead ahead;                                       // fetched while t and r are computed, if they are
 };
 
 // ---------------------------------------------------------------- sums
@@ -93,7 +93,7 @@ template <typename T>
 static void exponentials(Block<T>& block, const T* __restrict z) {
   T* __restrict t = block.t;
   T* __restrict r = block.r;
-  constexpr int kStep = 64;  // a few vectors: a compiler makes none of a loop that fetches
+  constexpr int kStep = 64;  // a few vectors: compilers do not vectorise a loop that fetches
   for (int start = 0; start < kBlock; start += kStep) {
     for (int i = start; i < start + kStep; i += 16) block.ahead.fetch(i);
     for (int i = start; i < start + kStep; ++i) {
