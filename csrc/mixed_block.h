@@ -11,8 +11,8 @@ namespace BLOBLOSS_ISA {
 
 constexpr uint32_t kWholeGroup = 0xffff;
 constexpr int32_t kNone = INT32_MAX;  // no cell has this number
-constexpr int kGroup = 16;      // voxels that are looked at together: the cells in a vector of AVX-512
-constexpr int kFewChanges = 5;  // of cells from one voxel to the next, in every third group of a block
+constexpr int kGroup = 16;            // voxels that are looked at together: their cells are a vector of AVX-512
+constexpr int kFewChanges = 5;        // of the cell, in every third group; a block with more of them is crowded
 
 // ---------------------------------------------------------------- groups: one bit or one lane per voxel
 
