@@ -6,7 +6,7 @@
 // the order of the blocks, so that they do not depend on threads. Where the ids are those of zones, a domain is the two
 // bits of a zone, and there is no background.
 //
-// Beyond the table this takes 208 bytes for every 4,096 instances of a pair, and where the others stay in, a quarter of
+// Beyond the table this takes 208 bytes for every 2,048 instances of a pair, and where the others stay in, a quarter of
 // a byte per instance and feature.
 
 #include <math.h>
@@ -31,8 +31,8 @@ using rows::kPositive;
 using rows::kStats;
 using rows::Run;
 
-constexpr int64_t kSpan = 4096;           // instances of a task
-constexpr int64_t kWorthThreads = 32768;  // instances from which other threads are worth waking
+constexpr int64_t kSpan = 2048;           // instances of a task
+constexpr int64_t kWorthThreads = 8192;  // instances; below that, waking threads up costs more than they save
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -129,11 +129,19 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   const Plan plan = plan_for(*problem);
   const int64_t tasks = plan.groups * plan.slabs;
   const size_t table = static_cast<size_t>(plan.channels * problem->num_cells * plan.row);
-  double* tables = static_cast<double*>(calloc(static_cast<size_t>(tasks) * table + 1, sizeof(double)));
+  const size_t size = static_cast<size_t>(tasks) * table + 1;
+  // Tables that have voxels for every row are cleared where they are used, by several threads and into their caches. Of
+  // others, pages that no voxel needs are better not written.
+  const bool is_dense = plan.slabs > 1;
+  double* tables = static_cast<double*>(is_dense ? malloc(size * sizeof(double)) : calloc(size, sizeof(double)));
   if (!tables) return BL_NO_MEMORY;
   std::atomic<int32_t> status{0};
-  run_parallel(threads_for(*problem), tasks, [&](int64_t begin, int64_t end) {
-    const int32_t found = kernels().forward(*problem, plan, begin, end, tables);
+  const bl_threads threads = threads_for(*problem);
+  const int64_t length = (plan.chunks - 1) / plan.slabs + 1;
+  const int64_t part = part_of(threads, tasks * length);
+  run_strands(threads, tasks, length, part, [&](int64_t task, int64_t begin, int64_t end) {
+    if (is_dense && begin == 0) memset(tables + task * table, 0, table * sizeof(double));
+    const int32_t found = kernels().forward(*problem, plan, task, begin, end, tables + task * table);
     if (found) status.fetch_or(found);
   });
   if (problem->logits.type == BL_F64)

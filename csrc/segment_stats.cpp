@@ -148,26 +148,25 @@ static void write_softmax_block(const bl_problem& problem, Scratch<T>& scratch, 
 }
 
 template <typename T>
-static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables) {
+static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t task, int64_t begin, int64_t end,
+                       double* table) {
   int32_t status = 0;
   Scratch<T> scratch;
   Softmax<T> softmax(problem);
   if (!softmax.has_memory()) return BL_NO_MEMORY;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.slabs, slabs = plan.slabs / plan.regions;
-    const int64_t region = task % plan.slabs / slabs, last = first_chunk(plan, region + 1);
-    double* table = tables + task * plan.channels * problem.num_cells * plan.row;
-    for (int64_t chunk = first_chunk(plan, region) + task % slabs; chunk < last; chunk += slabs) {
-      const int64_t next_chunk = chunk + slabs < last ? (chunk + slabs) * kChunk : problem.voxels;
-      if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
-      const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
-      for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
-        const int64_t next = start + kBlock < stop ? start + kBlock : next_chunk;
-        if (problem.activation == BL_SOFTMAX)
-          add_softmax_block(problem, scratch, softmax, group, start, next, plan, table, &status);
-        else
-          add_channel_block(problem, scratch, group, start, next, table, &status);
-      }
+  const int64_t group = task / plan.slabs, slabs = plan.slabs / plan.regions;
+  const int64_t region = task % plan.slabs / slabs;
+  const int64_t first = first_chunk(plan, region) + task % slabs, last = first_chunk(plan, region + 1);
+  for (int64_t chunk = first + begin * slabs; chunk < last && chunk < first + end * slabs; chunk += slabs) {
+    const int64_t next_chunk = chunk + slabs < last ? (chunk + slabs) * kChunk : problem.voxels;
+    if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
+    const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
+    for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
+      const int64_t next = start + kBlock < stop ? start + kBlock : next_chunk;
+      if (problem.activation == BL_SOFTMAX)
+        add_softmax_block(problem, scratch, softmax, group, start, next, plan, table, &status);
+      else
+        add_channel_block(problem, scratch, group, start, next, table, &status);
     }
   }
   return status;
@@ -192,9 +191,10 @@ static int32_t backward(const bl_problem& problem, const Plan& plan, int64_t beg
   return 0;
 }
 
-static int32_t forward_any(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables) {
-  return problem.logits.type == BL_F64 ? forward<double>(problem, plan, begin, end, tables)
-                                       : forward<float>(problem, plan, begin, end, tables);
+static int32_t forward_any(const bl_problem& problem, const Plan& plan, int64_t task, int64_t begin, int64_t end,
+                           double* table) {
+  return problem.logits.type == BL_F64 ? forward<double>(problem, plan, task, begin, end, table)
+                                       : forward<float>(problem, plan, task, begin, end, table);
 }
 
 static int32_t backward_any(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end,

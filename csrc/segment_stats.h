@@ -22,12 +22,14 @@ constexpr int64_t kChunk = 8192;
 struct Passes;     // nearest_lines.h
 struct RowPasses;  // label_rows.h
 
-// All that was compiled for one instruction set. The kernels work through tasks [begin, end) and return what bl_status says.
+// All that was compiled for one instruction set. The kernels return what bl_status says.
 struct Kernels {
   const char* name;
-  // Task g * slabs + s adds slab s of group g into tables[task], [channels, num_cells, row], which is zero before.
-  int32_t (*forward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, double* tables);
-  // Task g * chunks + j writes the gradient in chunk j of group g.
+  // Adds chunks [begin, end) of a slab, as far as there are, to its table [channels, num_cells, row], which is zero before
+  // the first; of slab s of group g if task = g * slabs + s.
+  int32_t (*forward)(const bl_problem& problem, const Plan& plan, int64_t task, int64_t begin, int64_t end,
+                     double* table);
+  // Tasks [begin, end): task g * chunks + j writes the gradient in chunk j of group g.
   int32_t (*backward)(const bl_problem& problem, const Plan& plan, int64_t begin, int64_t end, const void* grad_sums,
                       void* grad);
   void (*evaluate)(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,

@@ -13,38 +13,54 @@
 namespace blobloss {
 namespace {
 
-constexpr int64_t kRangesPerThread = 4;  // so that a thread that is held up leaves its share to the others
+constexpr int64_t kPartsPerThread = 8;  // so that a thread that is held up, or slow, leaves some of its share to others
 
-// The indices that are one thread's, unless others take them because they have none left.
-struct alignas(64) Share {
-  std::atomic<int64_t> next{0};
-  int64_t end = 0;
+struct alignas(64) Strand {
+  std::atomic<bool> taken{false};
+  std::atomic<int64_t> next{0};  // changed by whoever has taken the strand
 };
 
-// Each thread begins with its own share, the same part of the whole in every pass, whose data its caches may still hold;
-// PyTorch's own loops are shared out in the same way. Then it takes ranges of what others have left. Whoever comes last
-// finds nothing, so that it does not matter how many come.
+// Each thread begins with its own share of the strands, the same part of the whole in every pass, whose data its caches
+// may still hold; PyTorch's own loops are shared out in the same way. It runs a part of each in turn, so that there are
+// several to take from it as long as it has much left to do. Then it goes through what others have left. Whoever comes
+// last finds nothing, so that it does not matter how many come.
 struct Task {
-  void (*body)(int64_t begin, int64_t end, void* context);
+  void (*body)(int64_t strand, int64_t begin, int64_t end, void* context);
   void* context;
-  int64_t range;
+  int64_t count, length, part;  // strands, indices in each, indices that are run at once
   int64_t workers;
-  std::unique_ptr<Share[]> shares;  // of the workers
+  std::unique_ptr<Strand[]> strands;
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
 };
 
+// Runs the next part of a strand; returns whether there was one and nobody else was at it.
+bool run_part(Task& task, int64_t i) {
+  Strand& strand = task.strands[i];
+  if (strand.next.load(std::memory_order_relaxed) >= task.length) return false;
+  if (strand.taken.exchange(true, std::memory_order_acquire)) return false;
+  const int64_t begin = strand.next.load(std::memory_order_relaxed), left = task.length - begin;
+  if (left > 0) {
+    try {
+      task.body(i, begin, begin + (left < task.part ? left : task.part), task.context);
+    } catch (...) {  // must not leave a thread of a pool
+      if (!task.failed.exchange(true)) task.error = std::current_exception();
+    }
+    strand.next.store(begin + task.part, std::memory_order_relaxed);
+  }
+  strand.taken.store(false, std::memory_order_release);
+  return left > 0;
+}
+
 void work(Task& task, int64_t worker) noexcept {
+  const auto first_of = [&](int64_t owner) {
+    return task.count / task.workers * owner + task.count % task.workers * owner / task.workers;
+  };
   for (int64_t other = 0; other < task.workers; ++other) {
-    Share& share = task.shares[(worker + other) % task.workers];
-    while (share.next.load(std::memory_order_relaxed) < share.end) {
-      const int64_t begin = share.next.fetch_add(task.range, std::memory_order_relaxed), left = share.end - begin;
-      if (left <= 0) break;
-      try {
-        task.body(begin, begin + (left < task.range ? left : task.range), task.context);
-      } catch (...) {  // must not leave a thread of a pool
-        if (!task.failed.exchange(true)) task.error = std::current_exception();
-      }
+    const int64_t owner = (worker + other) % task.workers;
+    for (bool found = true; found;) {
+      found = false;
+      for (int64_t i = first_of(owner); i < first_of(owner + 1); ++i) found |= run_part(task, i);
     }
   }
 }
@@ -70,24 +86,25 @@ void work_in_pool(Task& task, bl_parallel_for parallel_for) {
 
 }  // namespace
 
-void run_parallel(const bl_threads& threads, int64_t count, void (*body)(int64_t begin, int64_t end, void* context),
-                  void* context) {
-  if (count <= 0) return;
-  if (count == 1 || threads.count <= 1) return body(0, count, context);
-  const int64_t range = (count - 1) / (kRangesPerThread * threads.count) + 1;
-  const int64_t ranges = (count - 1) / range + 1, workers = ranges < threads.count ? ranges : threads.count;
-  Task task{body, context, range, workers, std::unique_ptr<Share[]>(new (std::nothrow) Share[workers])};
-  if (!task.shares) return body(0, count, context);
-  for (int64_t worker = 0; worker < workers; ++worker) {
-    Share& share = task.shares[worker];
-    share.next = count / workers * worker + count % workers * worker / workers;
-    share.end = count / workers * (worker + 1) + count % workers * (worker + 1) / workers;
-  }
-  if (threads.parallel_for)
+void run_strands(const bl_threads& threads, int64_t count, int64_t length, int64_t part,
+                 void (*body)(int64_t strand, int64_t begin, int64_t end, void* context), void* context) {
+  if (count <= 0 || length <= 0) return;
+  const int64_t workers = count < threads.count ? count : threads.count;
+  Task task{body, context, count, length, part, workers, nullptr};
+  if (workers > 1) task.strands.reset(new (std::nothrow) Strand[count]);
+  if (!task.strands) {
+    for (int64_t i = 0; i < count; ++i) body(i, 0, length, context);
+  } else if (threads.parallel_for) {
     work_in_pool(task, threads.parallel_for);
-  else
+  } else {
     work_on_own_threads(task);
+  }
   if (task.error) std::rethrow_exception(task.error);
+}
+
+int64_t part_of(const bl_threads& threads, int64_t count) {
+  const int64_t parts = threads.count > 1 ? kPartsPerThread * threads.count : 1;
+  return count > parts ? (count - 1) / parts + 1 : 1;
 }
 
 }  // namespace blobloss
