@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops
+from .kernels import native
 from .kernels.labels import is_ignored
 from .labelling import squared_spacings
 from .options import Options
@@ -72,7 +73,7 @@ class Partition(NamedTuple):
 
 _FIELDS = Partition._fields
 _USUAL_INSTANCES = 255
-_LARGE_VOLUME = 2**18  # voxels, whose loss takes so long that the 10 us for a look at a few do not matter
+_LARGE_VOLUME = 2**18  # voxels, whose loss takes so long that the 20 us or so for a look at a few do not matter
 
 
 def partition(
@@ -169,9 +170,8 @@ def _probable_capacity(instances: Tensor) -> int | None:
     voxels = math.prod(shape)
     if voxels < _LARGE_VOLUME:
         return _USUAL_INSTANCES
-    steps = [int(size / 1000 ** (1 / len(shape))) | 1 for size in shape]  # odd, which few patterns fall in step with
-    few = (slice(None), slice(None), *(slice(step // 2, None, step) for step in steps))
-    seen = int(instances[few].max())
+    steps = (int(size / 1000 ** (1 / len(shape))) | 1 for size in shape)  # odd, which few patterns fall in step with
+    seen = native.largest_in_grid(instances, tuple(steps))
     if seen > voxels:
         return None
     return max(_USUAL_INSTANCES, min(seen + seen // 4, voxels, torch.iinfo(instances.dtype).max))

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BLOBLOSS_ABI 4
+#define BLOBLOSS_ABI 5
 #define BLOBLOSS_MAX_FEATURES 6
 
 #if defined(_WIN32)
@@ -151,6 +151,9 @@ BLOBLOSS_EXPORT int32_t blobloss_finish(const struct bl_finish* arguments);
 // grad_sums may be the same memory as sums, which they then replace.
 BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t* counts, void* sums,
                                       const struct bl_finish* arguments);
+
+// The largest id of a view, whose `axes` sizes and then as many strides in elements `grid` has; INT64_MIN if it is empty.
+BLOBLOSS_EXPORT int64_t blobloss_largest_id(const void* ids, int32_t type, int32_t axes, const int64_t* grid);
 
 // Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.
 BLOBLOSS_EXPORT int32_t blobloss_nearest_instance(const struct bl_zones* arguments);

@@ -105,6 +105,18 @@ void* multiply(const bl_problem& problem, const void* grad_sums, const void* sca
   return scaled;
 }
 
+// One loop that waits for none of its reads before the next: where these are far apart, memory takes its time.
+template <typename I>
+int64_t largest_id(const I* ids, int32_t axes, const int64_t* sizes, const int64_t* strides) {
+  if (axes == 0) return static_cast<int64_t>(*ids);
+  int64_t most = INT64_MIN;
+  for (int64_t i = 0; i < sizes[0]; ++i) {
+    const int64_t other = largest_id(ids + i * strides[0], axes - 1, sizes + 1, strides + 1);
+    most = other > most ? other : most;
+  }
+  return most;
+}
+
 }  // namespace
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
@@ -184,6 +196,17 @@ int32_t blobloss_loss(const bl_problem* problem, int64_t* counts, void* sums, co
   const int32_t finished = blobloss_finish(&apart);
   free(copy);
   return finished;
+}
+
+int64_t blobloss_largest_id(const void* ids, int32_t type, int32_t axes, const int64_t* grid) {
+  const int64_t* const strides = grid + axes;
+  switch (type) {
+    case BL_U8: return largest_id(static_cast<const uint8_t*>(ids), axes, grid, strides);
+    case BL_I8: return largest_id(static_cast<const int8_t*>(ids), axes, grid, strides);
+    case BL_I16: return largest_id(static_cast<const int16_t*>(ids), axes, grid, strides);
+    case BL_I32: return largest_id(static_cast<const int32_t*>(ids), axes, grid, strides);
+    default: return largest_id(static_cast<const int64_t*>(ids), axes, grid, strides);
+  }
 }
 
 void blobloss_evaluate(int32_t feature, int32_t activation, double gamma, int32_t is_double, const void* x, int64_t n,

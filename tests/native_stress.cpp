@@ -187,10 +187,18 @@ void check(const char* isa, const Case& c, const Truth* truth) {
   caller.join();
 }
 
+void check_largest_id(const Case& c) {
+  const bl_volume& ids = c.cells.view;
+  const int64_t grid[] = {c.problem.batch, ids.channels, c.cells.voxels, ids.batch_stride, ids.channel_stride, 1};
+  const double largest = *std::max_element(c.cells.values.begin(), c.cells.values.end());
+  if (static_cast<double>(blobloss_largest_id(ids.data, ids.type, 3, grid)) != largest) report(c, "largest id");
+}
+
 void check(unsigned seed, int logits_type, int cells_type, int target_kind, int64_t channels = 0) {
   Random random(seed);
   Case c;
   make_case(random, c, logits_type, cells_type, target_kind, channels);
+  check_largest_id(c);
   const bool has_truth = !c.expected && !c.is_wild;
   const Truth truth = has_truth ? truth_of(c) : Truth();
   for (const char* isa : kSets) check(isa, c, has_truth ? &truth : nullptr);

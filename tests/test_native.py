@@ -297,3 +297,26 @@ def test_what_would_be_read_out_of_bounds_is_refused() -> None:
             native.segment_stats_forward(logits, torch.zeros(2, 1, 4, 5, dtype=torch.int8), wrong, *options)
     with pytest.raises(TypeError, match=r"^cells must be one of torch.uint8, .*got torch.float32"):
         native.segment_stats_forward(logits, logits, None, *options)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", structs.INTEGERS, ids=str)
+@pytest.mark.parametrize("steps", [(3,), (1, 4), (5, 3, 2), (9, 1, 40)], ids=str)
+def test_the_largest_id_in_a_grid(steps: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(len(steps))
+    for lowest, largest in ((-100, 0), (-5, 120), (0, 3)):
+        shape = (2, 3, *(17, 8, 40)[-len(steps) :])
+        ids = torch.randint(lowest, largest + 1, shape, generator=generator)
+        ids = ids.clamp_(min=torch.iinfo(dtype).min).to(dtype)
+        grid = (slice(None), slice(None), *(slice(step // 2, None, step) for step in steps))
+        for view in (ids, ids.transpose(0, 1), ids.transpose(1, -1).contiguous().transpose(1, -1), ids[:, :, 1:]):
+            assert native.largest_in_grid(view, steps) == int(view[grid].max())
+
+
+@needs_library
+def test_ids_of_64_bits_in_a_grid() -> None:
+    ids = torch.full((1, 1, 9), -(2**62))
+    assert native.largest_in_grid(ids, (3,)) == -(2**62)
+    ids[..., 4] = 2**62
+    assert native.largest_in_grid(ids, (3,)) == 2**62
+    assert native.largest_in_grid(ids, (5,)) == -(2**62)

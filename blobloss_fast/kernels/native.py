@@ -22,7 +22,7 @@ from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE, IdToo
 from .reference import compute_dtype
 
 PATH = Path(__file__).parents[1] / ("_native" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so"))
-ABI = 4
+ABI = 5
 
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS, 1: TOO_LARGE, 8: NOT_A_PROBABILITY}  # the first one found is raised
 _NO_MEMORY = 16
@@ -35,6 +35,7 @@ class _Library(NamedTuple):
     backward: Any
     finish: Any
     loss: Any
+    largest_id: Any
     nearest_instance: Any
     find_components: Any
     write_components: Any
@@ -78,6 +79,8 @@ def open_library(path: Path) -> _Library | str:
         library.blobloss_segment_stats_backward.argtypes = (pointer, pointer, pointer, integer, pointer)
         library.blobloss_finish.argtypes = (pointer,)
         library.blobloss_loss.argtypes = (pointer, pointer, pointer, pointer)
+        library.blobloss_largest_id.argtypes = (pointer, ctypes.c_int32, ctypes.c_int32, pointer)
+        library.blobloss_largest_id.restype = integer
         library.blobloss_nearest_instance.argtypes = (pointer,)
         library.blobloss_find_components.argtypes = (pointer, pointer)
         library.blobloss_write_components.argtypes = (pointer, pointer, ctypes.c_int32)
@@ -88,6 +91,7 @@ def open_library(path: Path) -> _Library | str:
             library.blobloss_segment_stats_backward,
             library.blobloss_finish,
             library.blobloss_loss,
+            library.blobloss_largest_id,
             library.blobloss_nearest_instance,
             library.blobloss_find_components,
             library.blobloss_write_components,
@@ -231,6 +235,13 @@ def _raise(status: int) -> None:
         raise MemoryError("the native library got no memory for its tables: use fewer cells or smaller volumes")
     message = next(message for bit, message in _STATUS.items() if status & bit)
     raise IdTooLargeError(message) if message is TOO_LARGE else ValueError(message)
+
+
+def largest_in_grid(ids: Tensor, steps: tuple[int, ...]) -> int:
+    """Return the largest id at every so many voxels along each spatial axis, from half a step on."""
+    axes, offset, grid = structs.grid(ids.shape, ids.stride(), steps)
+    first = ids.data_ptr() + offset * ids.element_size()
+    return int(_library().largest_id(first, structs.TYPES[ids.dtype], axes, grid))
 
 
 # ---------------------------------------------------------------- the loss

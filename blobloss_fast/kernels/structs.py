@@ -80,6 +80,15 @@ def volume(
 
 
 @functools.lru_cache
+def grid(shape: tuple[int, ...], strides: tuple[int, ...], steps: tuple[int, ...]) -> tuple[int, int, bytes]:
+    """Return the number of axes of a view of every so many voxels, its first, and its sizes and strides, packed."""
+    sizes = [*shape[:2], *(len(range(step // 2, size, step)) for size, step in zip(shape[2:], steps, strict=True))]
+    offset = sum(stride * (step // 2) for stride, step in zip(strides[2:], steps, strict=True))
+    strides = *strides[:2], *(stride * step for stride, step in zip(strides[2:], steps, strict=True))
+    return len(sizes), offset, struct.pack(f"@{2 * len(sizes)}q", *sizes, *strides)
+
+
+@functools.lru_cache
 def _options(features: tuple[str, ...], activation: str, gamma: float, channel0: str) -> bytes:
     return OPTIONS.pack(gamma, ACTIVATIONS.index(activation), CHANNEL0.index(channel0), *_feature_codes(features))
 
