@@ -1,9 +1,10 @@
 """Operators registered with PyTorch: the only file that knows torch.library.
 
-The dispatcher is the registry of backends (``run_label_target`` alone may go past it). Every operator has the reference
-as its kernel for any device and a fake for tracing; CUDA tensors take Triton where it is installed. The formula of a
-differentiable operator *is* its ``torch.autograd.Function``: it is registered for the Autograd key, so eager mode,
-``torch.compile`` and opcheck all go through one backward, which is an operator of its own.
+The dispatcher is the registry of backends (``run_label_target``, and the look at a few ids in ``partition``, alone may
+go past it). Every operator has the reference as its kernel for any device and a fake for tracing; CUDA tensors take
+Triton where it is installed. The formula of a differentiable operator *is* its ``torch.autograd.Function``: it is
+registered for the Autograd key, so eager mode, ``torch.compile`` and opcheck all go through one backward, which is an
+operator of its own.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Partition(NamedTuple):
 
 _FIELDS = Partition._fields
 _USUAL_INSTANCES = 255
-_LARGE_VOLUME = 2**18  # voxels, whose loss takes so long that the 20 us or so for a look at a few do not matter
+_LARGE_VOLUME = 2**18  # voxels, whose loss takes so long that 40 us for a look at a few do not matter
 
 
 def partition(
@@ -162,7 +162,8 @@ def _with_background_class(instances: Tensor, channels: int) -> tuple[Tensor, Te
 def _probable_capacity(instances: Tensor) -> int | None:
     """Guess the largest id: in a large volume, a quarter more than the largest of about a thousand voxels.
 
-    None if that is so large that ids will have to be renumbered.
+    Only where ``_ops.finds_large_ids``, since the native library reads these in place. None if the largest is so large
+    that ids will have to be renumbered.
     """
     if not _ops.is_plain(instances):
         return _USUAL_INSTANCES

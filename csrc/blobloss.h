@@ -152,7 +152,7 @@ BLOBLOSS_EXPORT int32_t blobloss_finish(const struct bl_finish* arguments);
 BLOBLOSS_EXPORT int32_t blobloss_loss(const struct bl_problem* problem, int64_t* counts, void* sums,
                                       const struct bl_finish* arguments);
 
-// The largest id of a view, whose `axes` sizes and then as many strides in elements `grid` has; INT64_MIN if it is empty.
+// The largest id of a view: `grid` holds its `axes` sizes, then as many strides in elements. INT64_MIN if it is empty.
 BLOBLOSS_EXPORT int64_t blobloss_largest_id(const void* ids, int32_t type, int32_t axes, const int64_t* grid);
 
 // Every entry of the zones is written; BL_TOO_LARGE is for ids that they cannot hold.

@@ -31,7 +31,7 @@ using rows::kPositive;
 using rows::kStats;
 using rows::Run;
 
-constexpr int64_t kSpan = 2048;           // instances of a task
+constexpr int64_t kSpan = 2048;          // instances of a task
 constexpr int64_t kWorthThreads = 8192;  // instances; below that, waking threads up costs more than they save
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -105,7 +105,7 @@ void* multiply(const bl_problem& problem, const void* grad_sums, const void* sca
   return scaled;
 }
 
-// One loop that waits for none of its reads before the next: where these are far apart, memory takes its time.
+// No read depends on another, so that many are under way at a time: where they are far apart, each waits for memory.
 template <typename I>
 int64_t largest_id(const I* ids, int32_t axes, const int64_t* sizes, const int64_t* strides) {
   if (axes == 0) return static_cast<int64_t>(*ids);
@@ -142,9 +142,9 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   const int64_t tasks = plan.groups * plan.slabs;
   const size_t table = static_cast<size_t>(plan.channels * problem->num_cells * plan.row);
   const size_t size = static_cast<size_t>(tasks) * table + 1;
-  // Tables that have voxels for every row are cleared where they are used, by several threads and into their caches. Of
-  // others, pages that no voxel needs are better not written.
-  const bool is_dense = plan.slabs > 1;
+  // Tables with many voxels for a row are cleared by the threads that fill them, into their caches. Of others, pages that
+  // no voxel needs are better never written.
+  const bool is_dense = problem->voxels >= kVoxelsPerCell * problem->num_cells;
   double* tables = static_cast<double*>(is_dense ? malloc(size * sizeof(double)) : calloc(size, sizeof(double)));
   if (!tables) return BL_NO_MEMORY;
   std::atomic<int32_t> status{0};
@@ -152,14 +152,17 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   const int64_t length = (plan.chunks - 1) / plan.slabs + 1;
   const int64_t part = part_of(threads, tasks * length);
   run_strands(threads, tasks, length, part, [&](int64_t task, int64_t begin, int64_t end) {
+    if (status.load(std::memory_order_relaxed) & BL_TOO_LARGE) return;  // the caller may try again, and soon
     if (is_dense && begin == 0) memset(tables + task * table, 0, table * sizeof(double));
     const int32_t found = kernels().forward(*problem, plan, task, begin, end, tables + task * table);
     if (found) status.fetch_or(found);
   });
-  if (problem->logits.type == BL_F64)
-    combine(problem->threads, *problem, plan, tables, counts, static_cast<double*>(sums));
-  else
-    combine(problem->threads, *problem, plan, tables, counts, static_cast<float*>(sums));
+  if (!status.load()) {  // otherwise there may be tables that nobody has cleared
+    if (problem->logits.type == BL_F64)
+      combine(problem->threads, *problem, plan, tables, counts, static_cast<double*>(sums));
+    else
+      combine(problem->threads, *problem, plan, tables, counts, static_cast<float*>(sums));
+  }
   free(tables);
   return status.load();
 }

@@ -157,9 +157,10 @@ static int32_t forward(const bl_problem& problem, const Plan& plan, int64_t task
   const int64_t group = task / plan.slabs, slabs = plan.slabs / plan.regions;
   const int64_t region = task % plan.slabs / slabs;
   const int64_t first = first_chunk(plan, region) + task % slabs, last = first_chunk(plan, region + 1);
-  for (int64_t chunk = first + begin * slabs; chunk < last && chunk < first + end * slabs; chunk += slabs) {
+  const int64_t last_of_part = first + end * slabs < last ? first + end * slabs : last;
+  for (int64_t chunk = first + begin * slabs; chunk < last_of_part; chunk += slabs) {
     const int64_t next_chunk = chunk + slabs < last ? (chunk + slabs) * kChunk : problem.voxels;
-    if (status & BL_TOO_LARGE) return status;  // the caller may try again with more cells, and soon
+    if (status & BL_TOO_LARGE) return status;
     const int64_t stop = (chunk + 1) * kChunk < problem.voxels ? (chunk + 1) * kChunk : problem.voxels;
     for (int64_t start = chunk * kChunk; start < stop; start += kBlock) {
       const int64_t next = start + kBlock < stop ? start + kBlock : next_chunk;

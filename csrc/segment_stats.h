@@ -25,8 +25,8 @@ struct RowPasses;  // label_rows.h
 // All that was compiled for one instruction set. The kernels return what bl_status says.
 struct Kernels {
   const char* name;
-  // Adds chunks [begin, end) of a slab, as far as there are, to its table [channels, num_cells, row], which is zero before
-  // the first; of slab s of group g if task = g * slabs + s.
+  // Task g * slabs + s is slab s of group g. Adds its chunks [begin, end), those that exist, to its table
+  // [channels, num_cells, row], which is zero before the first.
   int32_t (*forward)(const bl_problem& problem, const Plan& plan, int64_t task, int64_t begin, int64_t end,
                      double* table);
   // Tasks [begin, end): task g * chunks + j writes the gradient in chunk j of group g.

@@ -13,17 +13,19 @@
 namespace blobloss {
 namespace {
 
-constexpr int64_t kPartsPerThread = 8;  // so that a thread that is held up, or slow, leaves some of its share to others
+constexpr int64_t kPartsPerThread = 8;  // so that others can take over much of the share of a thread that is slow
+constexpr int64_t kTaken = INT64_MAX;
 
 struct alignas(64) Strand {
-  std::atomic<bool> taken{false};
-  std::atomic<int64_t> next{0};  // changed by whoever has taken the strand
+  std::atomic<int64_t> next{0};     // where what is left of it begins; or kTaken, by the thread that is at it
+  std::atomic<bool> wanted{false};  // by another thread, which will finish it
 };
 
 // Each thread begins with its own share of the strands, the same part of the whole in every pass, whose data its caches
 // may still hold; PyTorch's own loops are shared out in the same way. It runs a part of each in turn, so that there are
 // several to take from it as long as it has much left to do. Then it goes through what others have left. Whoever comes
-// last finds nothing, so that it does not matter how many come.
+// last finds nothing, so that it does not matter how many come. In the end a thread that finds nothing free is faster
+// than those that are still at work, and takes a strand over from one of them, which leaves.
 struct Task {
   void (*body)(int64_t strand, int64_t begin, int64_t end, void* context);
   void* context;
@@ -32,24 +34,34 @@ struct Task {
   std::unique_ptr<Strand[]> strands;
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
+
+  bool is_finished(int64_t i) const {
+    const int64_t next = strands[i].next.load(std::memory_order_relaxed);
+    return next >= length && next != kTaken;
+  }
 };
 
 // Runs the next part of a strand; returns whether there was one and nobody else was at it.
 bool run_part(Task& task, int64_t i) {
-  Strand& strand = task.strands[i];
-  if (strand.next.load(std::memory_order_relaxed) >= task.length) return false;
-  if (strand.taken.exchange(true, std::memory_order_acquire)) return false;
-  const int64_t begin = strand.next.load(std::memory_order_relaxed), left = task.length - begin;
-  if (left > 0) {
-    try {
-      task.body(i, begin, begin + (left < task.part ? left : task.part), task.context);
-    } catch (...) {  // must not leave a thread of a pool
-      if (!task.failed.exchange(true)) task.error = std::current_exception();
-    }
-    strand.next.store(begin + task.part, std::memory_order_relaxed);
+  std::atomic<int64_t>& next = task.strands[i].next;
+  int64_t begin = next.load(std::memory_order_relaxed);
+  if (begin >= task.length) return false;
+  if (!next.compare_exchange_strong(begin, kTaken, std::memory_order_acquire, std::memory_order_relaxed)) return false;
+  const int64_t left = task.length - begin;
+  try {
+    task.body(i, begin, begin + (left < task.part ? left : task.part), task.context);
+  } catch (...) {  // must not leave a thread of a pool
+    if (!task.failed.exchange(true)) task.error = std::current_exception();
   }
-  strand.taken.store(false, std::memory_order_release);
-  return left > 0;
+  next.store(begin + task.part, std::memory_order_release);
+  return true;
+}
+
+// Finishes a strand that another thread is at, unless somebody does that already.
+void take_over(Task& task, int64_t i) {
+  if (task.is_finished(i) || task.strands[i].wanted.exchange(true)) return;
+  while (!task.is_finished(i))
+    if (!run_part(task, i)) std::this_thread::yield();
 }
 
 void work(Task& task, int64_t worker) noexcept {
@@ -60,9 +72,15 @@ void work(Task& task, int64_t worker) noexcept {
     const int64_t owner = (worker + other) % task.workers;
     for (bool found = true; found;) {
       found = false;
-      for (int64_t i = first_of(owner); i < first_of(owner + 1); ++i) found |= run_part(task, i);
+      for (int64_t i = first_of(owner); i < first_of(owner + 1); ++i) {
+        if (!run_part(task, i)) continue;
+        if (task.strands[i].wanted.load(std::memory_order_relaxed)) return;
+        found = true;
+      }
     }
   }
+  if (task.part >= task.length) return;  // there is nothing to be had of a strand that is taken
+  for (int64_t i = 0; i < task.count; ++i) take_over(task, i);
 }
 
 void work_on_own_threads(Task& task) {

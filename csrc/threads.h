@@ -8,9 +8,10 @@
 namespace blobloss {
 
 // Calls body(strand, begin, end, context) so that in each of `count` strands every index of [0, length) is covered
-// once: in order, and never two parts of a strand at a time. There are as many threads as `threads` allows, and with
-// more than one a call covers at most `part` indices. Which thread runs which part is not fixed: what body computes
-// must not depend on it. What body throws is thrown here, when all threads are done.
+// once: in order, never two parts of a strand at a time, and each sees what those before it wrote. On as many threads
+// as `threads` allows, at most one for every strand; with several, a call covers at most `part` (> 0) indices. Which
+// thread runs which part is not fixed: what body computes must not depend on it. What body throws is thrown here, when
+// all threads are done; whether other parts still run is not said.
 void run_strands(const bl_threads& threads, int64_t count, int64_t length, int64_t part,
                  void (*body)(int64_t strand, int64_t begin, int64_t end, void* context), void* context);
 
@@ -24,7 +25,7 @@ void run_strands(const bl_threads& threads, int64_t count, int64_t length, int64
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// How many of `count` indices to run at once: not so many that a thread has to wait for another.
+// How many of `count` indices, those of all strands, make a part: few enough to share out; all, for one thread.
 int64_t part_of(const bl_threads& threads, int64_t count);
 
 // Calls body(begin, end) so that every index of [0, count) is covered exactly once; otherwise like run_strands.

@@ -32,7 +32,8 @@ build() {
     && for driver in stress labels_stress zones_stress; do
       $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc "tests/native_$driver.cpp" blobloss_fast/_native.so \
         -Wl,-rpath,"$scratch/blobloss_fast" -o "$driver" || return 1
-    done
+    done \
+    && $CXX -std=c++17 -O1 -g1 -pthread $flags -Icsrc tests/native_threads_stress.cpp csrc/threads.cpp -o threads_stress
 }
 
 # say NAME COMMAND...: the last line that a command prints, or all of it if it fails
@@ -48,7 +49,12 @@ say() {
   fi
 }
 
-stress() { say "$1, table and loss" ./stress && say "$1, labels" ./labels_stress && say "$1, zones" ./zones_stress; }
+stress() {
+  say "$1, table and loss" ./stress
+  say "$1, labels" ./labels_stress
+  say "$1, zones" ./zones_stress
+  say "$1, threads" ./threads_stress
+}
 
 # The library alone is instrumented: Python and PyTorch get the run-time libraries that it needs, which includes that of
 # C++, whose exceptions they intercept. What they allocate and never free is not of interest.

@@ -297,6 +297,9 @@ def test_what_would_be_read_out_of_bounds_is_refused() -> None:
             native.segment_stats_forward(logits, torch.zeros(2, 1, 4, 5, dtype=torch.int8), wrong, *options)
     with pytest.raises(TypeError, match=r"^cells must be one of torch.uint8, .*got torch.float32"):
         native.segment_stats_forward(logits, logits, None, *options)
+    for ids in (logits, torch.zeros(2, 3, 4, 5, dtype=torch.int64, device="meta")):
+        with pytest.raises(TypeError, match=r"^ids must be integers on the CPU; got torch.\w+ on (cpu|meta)$"):
+            native.largest_in_grid(ids, (1, 1))
 
 
 @needs_library
@@ -304,12 +307,13 @@ def test_what_would_be_read_out_of_bounds_is_refused() -> None:
 @pytest.mark.parametrize("steps", [(3,), (1, 4), (5, 3, 2), (9, 1, 40)], ids=str)
 def test_the_largest_id_in_a_grid(steps: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(len(steps))
-    for lowest, largest in ((-100, 0), (-5, 120), (0, 3)):
+    for lowest, largest in ((-100, 0), (-5, 120), (0, 3), (0, 255)):
         shape = (2, 3, *(17, 8, 40)[-len(steps) :])
         ids = torch.randint(lowest, largest + 1, shape, generator=generator)
-        ids = ids.clamp_(min=torch.iinfo(dtype).min).to(dtype)
+        ids = ids.clamp_(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
         grid = (slice(None), slice(None), *(slice(step // 2, None, step) for step in steps))
-        for view in (ids, ids.transpose(0, 1), ids.transpose(1, -1).contiguous().transpose(1, -1), ids[:, :, 1:]):
+        strided = ids.transpose(1, -1).contiguous().transpose(1, -1)
+        for view in (ids, ids.transpose(0, 1), strided, ids[:, :, 1:], ids[:, :1].expand_as(ids)):
             assert native.largest_in_grid(view, steps) == int(view[grid].max())
 
 
@@ -320,3 +324,4 @@ def test_ids_of_64_bits_in_a_grid() -> None:
     ids[..., 4] = 2**62
     assert native.largest_in_grid(ids, (3,)) == 2**62
     assert native.largest_in_grid(ids, (5,)) == -(2**62)
+    assert native.largest_in_grid(ids[:0], (3,)) == -(2**63)

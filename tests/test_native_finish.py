@@ -295,7 +295,7 @@ def test_what_the_operators_call() -> None:
 def test_threads_change_no_bit(dtype: torch.dtype, masking: str, has_target: bool) -> None:
     criterion = DICE + 0.5 * BCE
     features = features_of(list(criterion.rows))
-    counts, sums = random_table(features, has_target, blobs=4200, batch=3)  # worth several threads, of three parts each
+    counts, sums = random_table(features, has_target, blobs=4200, batch=3)  # worth several threads; three spans a pair
     table = (counts, sums.to(dtype), features, has_target, spec_of(criterion, criterion, masking=masking))
     before = torch.get_num_threads()
     results = []

@@ -238,8 +238,10 @@ def _raise(status: int) -> None:
 
 
 def largest_in_grid(ids: Tensor, steps: tuple[int, ...]) -> int:
-    """Return the largest id at every so many voxels along each spatial axis, from half a step on."""
-    axes, offset, grid = structs.grid(ids.shape, ids.stride(), steps)
+    """Return the largest id among every ``steps``-th voxel along the spatial axes, beginning half a step in."""
+    if ids.dtype not in structs.INTEGERS or ids.device.type != "cpu":
+        raise TypeError(f"ids must be integers on the CPU; got {ids.dtype} on {ids.device.type}")
+    axes, offset, grid = structs.grid_view(ids.shape, ids.stride(), steps)
     first = ids.data_ptr() + offset * ids.element_size()
     return int(_library().largest_id(first, structs.TYPES[ids.dtype], axes, grid))
 

@@ -80,8 +80,8 @@ def volume(
 
 
 @functools.lru_cache
-def grid(shape: tuple[int, ...], strides: tuple[int, ...], steps: tuple[int, ...]) -> tuple[int, int, bytes]:
-    """Return the number of axes of a view of every so many voxels, its first, and its sizes and strides, packed."""
+def grid_view(shape: tuple[int, ...], strides: tuple[int, ...], steps: tuple[int, ...]) -> tuple[int, int, bytes]:
+    """Return of a view of every so many voxels its axes, the offset of its first in elements, and sizes and strides."""
     sizes = [*shape[:2], *(len(range(step // 2, size, step)) for size, step in zip(shape[2:], steps, strict=True))]
     offset = sum(stride * (step // 2) for stride, step in zip(strides[2:], steps, strict=True))
     strides = *strides[:2], *(stride * step for stride, step in zip(strides[2:], steps, strict=True))
