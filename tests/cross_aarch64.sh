@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles the native library for 64-bit Arm, where it has one instruction set and rounds with fused multiply-adds, and
-# runs the drivers tests/native_*stress.cpp on an emulated machine. Takes a minute or two, and is no part of CI. On Debian and Ubuntu:
+# runs the drivers tests/native_*stress.cpp on an emulated machine. Takes about five minutes, and is no part of CI. On
+# Debian and Ubuntu:
 #
 #     apt-get install g++-aarch64-linux-gnu qemu-user-static
 #     bash tests/cross_aarch64.sh
