@@ -22,7 +22,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 # As in setup.py, which knows no instruction set but the baseline there.
 flags=(-std=c++17 -O3 -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast)
-for driver in native_stress native_labels_stress native_zones_stress native_threads_stress; do  # not all that they share is used by both
+for driver in native_stress native_labels_stress native_zones_stress native_threads_stress; do  # not all that they share is used by all
   "$compiler" "${flags[@]}" -Wall -Wextra -Werror -Wno-unused-function -I"$root/csrc" -static \
     "$root"/csrc/*.cpp "$root/tests/$driver.cpp" -o "$scratch/$driver"
   "$emulator" "$scratch/$driver"

@@ -10,9 +10,9 @@
 #include <stdlib.h>
 
 #include <atomic>
-#include <thread>
 
 #include "native_cases.h"
+#include "native_pools.h"
 
 namespace {
 
@@ -119,14 +119,6 @@ Labels truth_of(const LabelCase& c) {
       for (int64_t v = 0; v < voxels; ++v) ids[v] = is_ignored(v) ? -1 : ids[v];
     }
   return truth;
-}
-
-// A pool whose threads come and go, and which begins at the end.
-int32_t fake_pool(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = end; i-- > begin;) threads.emplace_back(body, i, i + 1, context);
-  for (std::thread& thread : threads) thread.join();
-  return 0;
 }
 
 void make_label_case(Random& random, LabelCase& c, int type) {

@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "native_cases.h"
+#include "native_pools.h"
 
 namespace {
 
@@ -55,16 +56,6 @@ Result compute(const Case& c, const bl_threads& threads, unsigned char fill) {
   r.status |= blobloss_finish(&f);
   return r;
 }
-
-// A pool whose threads come and go, and which begins at the end.
-int32_t fake_pool(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = end; i-- > begin;) threads.emplace_back(body, i, i + 1, context);
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-int32_t refusing_pool(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*) { return 1; }
 
 // ---------------------------------------------------------------- the truth
 

@@ -1,9 +1,7 @@
-// Drives csrc/threads.cpp, which it is compiled with: every part of every strand is run once, in order, by one thread at a
-// time that sees what the others wrote, whatever the pool does, and what a part throws arrives.
+// Drives csrc/threads.cpp, which it is compiled with: every part of every strand is run once, in order, by one thread at
+// a time that sees what the others wrote, whatever the pool does, and what a part throws arrives.
 //
 //     native_threads_stress [ROUNDS]
-
-#include "threads.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,27 +12,16 @@
 #include <thread>
 #include <vector>
 
+#include "native_pools.h"
+#include "threads.h"
+
 using namespace blobloss;
 
 namespace {
 
 std::atomic<int> failures{0};
 
-int32_t concurrent_pool(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = end; i-- > begin;) threads.emplace_back(body, i, i + 1, context);
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-int32_t patient_pool(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  for (int64_t i = end; i-- > begin;) body(i, i + 1, context);
-  return 0;
-}
-
-int32_t refusing_pool(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*) { return 1; }
-
-const bl_parallel_for kPools[] = {nullptr, concurrent_pool, patient_pool, refusing_pool};
+const bl_parallel_for kPools[] = {nullptr, fake_pool, patient_pool, refusing_pool};
 
 // Not atomic: the strand itself must keep threads apart.
 struct alignas(64) Progress {
@@ -119,7 +106,7 @@ int main(int argc, char** argv) {
         for (const int64_t count : {0, 1, 2, 5, 39, 40, 41, 1000}) check_parallel({threads, pool}, count);
       }
   check_hand_over(nullptr);
-  check_hand_over(concurrent_pool);
+  check_hand_over(fake_pool);
   printf("%d cases: %d wrong\n", cases, failures.load());
   return failures.load() != 0;
 }

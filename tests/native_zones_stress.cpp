@@ -14,10 +14,10 @@
 #include <algorithm>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "blobloss.h"
+#include "native_pools.h"
 
 namespace {
 
@@ -107,14 +107,6 @@ Volumes make(Random& random, int type) {
   }
   find_all_pairs(v, voxels);
   return v;
-}
-
-// A pool whose threads come and go, and which begins at the end.
-int32_t fake_pool(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = end; i-- > begin;) threads.emplace_back(body, i, i + 1, context);
-  for (std::thread& thread : threads) thread.join();
-  return 0;
 }
 
 const bl_threads kConfigurations[] = {{1, nullptr}, {2, nullptr}, {3, fake_pool}, {16, nullptr}};
