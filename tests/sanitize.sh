@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the native library under the sanitizers of GCC or Clang, on every instruction set of this machine: the C interface
-# through the drivers tests/native_*stress.cpp, and the Python tests of the kernels. Takes about ten minutes,
-# and is no part of CI. It needs Linux, a compiler and a Python with the `test` extra; CXX names another compiler than
+# and the threads through the drivers tests/native_*stress.cpp, and the Python tests of the kernels. Takes about a quarter
+# of an hour, and is no part of CI. It needs Linux, a compiler and a Python with the `test` extra; CXX names another compiler than
 # g++.
 #
 #     bash tests/sanitize.sh
