@@ -183,14 +183,23 @@ static void load_ids(const bl_volume& volume, int64_t offset, int n, int32_t* to
 
 // The cells of a block: negative where ignored, otherwise below num_cells.
 struct Cells {
-  const int32_t* ids;
-  bool uniform;  // all are the same
+  const int32_t* ids;  // if they are all the same, it may be that the first alone was written
+  bool uniform;        // they are all the same
+
+  BL_INLINE_MEMBER int32_t operator[](int i) const { return ids[uniform ? 0 : i]; }
 };
 
-BL_INLINE bool are_same(const int32_t* __restrict ids) {
-  const int32_t first = ids[0];
-  int32_t differences = 0;
-  for (int i = 0; i < kBlock; ++i) differences |= ids[i] ^ first;
+// Whether all values of a block have the same bits.
+template <typename S>
+BL_INLINE bool is_constant(const S* __restrict from) {
+  using Narrow = std::conditional_t<sizeof(S) == 1, uint8_t, uint16_t>;
+  using Wide = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
+  std::conditional_t<sizeof(S) < 4, Narrow, Wide> first, other, differences = 0;
+  memcpy(&first, from, sizeof first);
+  for (int i = 0; i < kBlock; ++i) {
+    memcpy(&other, from + i, sizeof other);
+    differences |= other ^ first;
+  }
   return !differences;
 }
 
@@ -235,12 +244,6 @@ BL_INLINE int32_t twice(int32_t id, int32_t bit) {
   return static_cast<int32_t>(2u * static_cast<uint32_t>(id) + static_cast<uint32_t>(bit));
 }
 
-// Whether all values of a block have the same bits: each those of the next.
-template <typename S>
-BL_INLINE bool is_constant(const S* from) {
-  return !memcmp(from, from + 1, (kBlock - 1) * sizeof(S));
-}
-
 // The cells of n voxels, 2 * id + bit: whether each belongs to channel `own` of a class map, or (own = -1) to a binary
 // target. If the ids are all the same, as in nearly all blocks, the target usually is, too: then one voxel tells all.
 template <typename S>
@@ -252,8 +255,7 @@ static Found join_as(const void* data, int64_t offset, int n, int32_t own, int32
   const auto join_voxels = [&](auto bit_of, auto is_unknown) {
     constant = same_ids && is_constant(from);
     if (constant) {
-      const int32_t cell = twice(ids[0], bit_of(value_of(from[0]))) | (ids[0] >> 31);
-      for (int i = 0; i < kBlock; ++i) cells[i] = cell;
+      cells[0] = twice(ids[0], bit_of(value_of(from[0]))) | (ids[0] >> 31);
       unknown = is_unknown(value_of(from[0])) & ~(ids[0] >> 31);
       return;
     }
@@ -310,7 +312,7 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
   }
   const int64_t room = target.data ? problem.num_cells / 2 : problem.num_cells;
   const int32_t capacity = room > INT32_MAX / 2 ? INT32_MAX / 2 : static_cast<int32_t>(room);
-  bool uniform = are_same(ids);
+  bool uniform = is_constant(ids);
   if ((uniform ? ids[0] : largest_in_block(ids)) >= capacity) {
     *status |= BL_TOO_LARGE;
     for (int i = 0; i < kBlock; ++i) buffer[i] = ids[i] >= capacity ? capacity - 1 : ids[i];
@@ -324,7 +326,7 @@ static Cells load_cells(const bl_problem& problem, int64_t b, int64_t c, int64_t
     const Found found = join(target, from, n, own, classes, uniform && n == kBlock, ids, cells_of_both);
     if (found.unknown) *status |= own < 0 ? BL_NOT_BINARY : BL_NOT_A_CLASS;
     ids = cells_of_both;
-    uniform = found.constant || are_same(ids);
+    uniform = found.constant || is_constant(ids);
   }
   return {ids, uniform};
 }

@@ -17,17 +17,17 @@ namespace BLOBLOSS_ISA {
 template <typename T>
 static void add_block(const bl_problem& problem, Block<T>& block, const T* z, const Cells& cells, double* table,
                       int32_t* status) {
-  if (cells.uniform && cells.ids[0] < 0) return;
+  if (cells.uniform && cells[0] < 0) return;
   if (problem.activation == BL_NONE) {
     int32_t outside = 0;
-    for (int i = 0; i < kBlock; ++i) outside |= ((z[i] < 0) | (z[i] > 1)) & (cells.ids[i] >= 0);
+    for (int i = 0; i < kBlock; ++i) outside |= ((z[i] < 0) | (z[i] > 1)) & (cells[i] >= 0);
     if (outside) *status |= BL_NOT_A_PROBABILITY;
   }
   const int32_t num_features = problem.num_features;
   evaluate_block(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma),
                  !cells.uniform);
   if (!cells.uniform) return add_mixed_block(block.out, cells.ids, num_features, table);
-  double* row = table + static_cast<int64_t>(cells.ids[0]) * (1 + num_features);
+  double* row = table + static_cast<int64_t>(cells[0]) * (1 + num_features);
   row[0] += kBlock;
   for (int32_t f = 0; f < num_features; ++f) row[1 + f] += block.sums[f];
 }
@@ -37,11 +37,11 @@ template <typename T>
 static void block_gradient(const bl_problem& problem, Block<T>& block, const T* z, const Cells& cells,
                            const T* coefficients, T* __restrict grad) {
   const int32_t num_features = problem.num_features;
-  if (num_features == 0 || (cells.uniform && cells.ids[0] < 0)) {
+  if (num_features == 0 || (cells.uniform && cells[0] < 0)) {
     for (int i = 0; i < kBlock; ++i) grad[i] = 0;
     return;
   }
-  const T* row = cells.uniform ? coefficients + static_cast<int64_t>(cells.ids[0]) * num_features : nullptr;
+  const T* row = cells.uniform ? coefficients + static_cast<int64_t>(cells[0]) * num_features : nullptr;
   evaluate_slopes(block, z, problem.features, num_features, problem.activation, static_cast<T>(problem.gamma), row,
                   grad);
   if (!cells.uniform) mixed_gradient(block.out, cells.ids, coefficients, num_features, grad);
@@ -139,7 +139,7 @@ static void write_softmax_block(const bl_problem& problem, Scratch<T>& scratch, 
     const T* coefficients = grad_sums + (b * problem.channels + c) * problem.num_cells * problem.num_features;
     scratch.block.ahead = ahead_of(problem, b, c, start + kBlock, grad);
     block_gradient(problem, scratch.block, scratch.logits, cells, coefficients, scratch.grad);
-    softmax.add_gradient(c, scratch.grad, cells.ids);
+    softmax.add_gradient(c, scratch.grad, cells);
   }
   for (int64_t c = 0; c < problem.channels; ++c) {
     softmax.gradient(c, c >= softmax.first(problem), scratch.grad);

@@ -105,7 +105,7 @@ class Softmax {
   }
 
   // The gradient with respect to the logit of channel c alone.
-  void add_gradient(int64_t c, const T* __restrict grad, const int32_t* __restrict cells) {
+  void add_gradient(int64_t c, const T* __restrict grad, const Cells& cells) {
     T* __restrict own_grad = gradients(c);
     for (int i = 0; i < kBlock; ++i) own_grad[i] = grad[i];
     if (channels_ == 2) return;

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from blobloss_fast.kernels import native, reference
-from blobloss_fast.kernels.layout import FEATURES
+from blobloss_fast.kernels.layout import FEATURES, NOT_A_PROBABILITY
 
 from .tolerances import error
 
@@ -72,3 +74,22 @@ def test_runs_of_any_length(length: int, ignored: float, features: tuple[str, ..
     logits[outside] = torch.nan
     check(logits, ids, None, 10, features)
     check(logits, ids, target, 20, features)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "none"])
+def test_a_block_of_one_cell_owes_nothing_to_the_one_before(activation: str) -> None:
+    """Of the first block nearly all is ignored; the second lies in one cell, of which one voxel may stand for all."""
+    logits = torch.rand(1, 3, 2 * BLOCK, generator=torch.Generator().manual_seed(0))
+    ids = torch.ones(1, 3, 2 * BLOCK, dtype=torch.int32)
+    ids[..., 1:BLOCK] = -1
+    target = torch.ones_like(ids, dtype=torch.bool)
+    options = (("prob",), activation, GAMMA, "class")
+    coefficients = torch.randn(1, 3, 4, 1, generator=torch.Generator().manual_seed(1))
+    grad = native.segment_stats_backward(coefficients, logits, ids, target, *options)
+    expected = reference.segment_stats_backward(coefficients.double(), logits.double(), ids, target, *options)
+    assert (grad[..., BLOCK:] != 0).all()
+    assert error(grad, expected) <= BOUNDS[logits.dtype]
+    if activation == "none":
+        logits[..., -1] = 2
+        with pytest.raises(ValueError, match=re.escape(NOT_A_PROBABILITY)):
+            native.segment_stats_forward(logits, ids, target, 4, *options)
