@@ -53,13 +53,16 @@ class Labelling {
   Volume volume_at(int64_t sample, int64_t channel) const;
   const Volume& volume_of(int64_t volume) const { return volumes_[static_cast<size_t>(volume)]; }
   LabelRows rows_of(int64_t volume) const;
+  bl_threads threads_by_voxels() const {
+    const int64_t volumes = static_cast<int64_t>(volumes_.size());
+    return threads_for(arguments_.threads, volumes * rows_ * arguments_.width, kLeastSlab);
+  }
   int64_t begin_of(int64_t slab) const { return std::min(slab * slab_rows_, rows_); }
   // Of the runs of a slab, among those of its volume; the last slab is followed by one more.
   int64_t first_run_of(int64_t volume, int64_t slab) const {
     const int64_t* const firsts = first_run_.data() + volume * (slabs_ + 1);
     return firsts[slab] - firsts[0];
   }
-  bl_threads threads_for(int64_t work, int64_t least) const;
   template <typename Body>
   void for_slabs(const bl_threads& threads, const Body& body) const;
 
@@ -124,10 +127,6 @@ LabelRows Labelling::rows_of(int64_t volume) const {
           none_.data()};
 }
 
-bl_threads Labelling::threads_for(int64_t work, int64_t least) const {
-  return {work < least ? 1 : arguments_.threads.count, arguments_.threads.parallel_for};
-}
-
 template <typename Body>
 void Labelling::for_slabs(const bl_threads& threads, const Body& body) const {
   run_parallel(threads, static_cast<int64_t>(volumes_.size()) * slabs_, [&](int64_t begin, int64_t end) {
@@ -144,7 +143,7 @@ int32_t Labelling::find() {
   first_run_.assign(static_cast<size_t>(volumes * (slabs_ + 1)), 0);
   first_root_.assign(static_cast<size_t>(volumes * slabs_), 0);
 
-  const bl_threads by_voxels = threads_for(volumes * rows_ * arguments_.width, kLeastSlab);
+  const bl_threads by_voxels = threads_by_voxels();
   for_slabs(by_voxels, [&](int64_t volume, int64_t slab) { read(volume, slab); });
   int64_t runs = 0;
   for (int64_t volume = 0; volume < volumes; ++volume) {
@@ -160,7 +159,7 @@ int32_t Labelling::find() {
   if (status_) return status_;
 
   parents_ = allocate<int32_t>(runs);
-  const bl_threads by_runs = threads_for(runs, kParallelRuns);
+  const bl_threads by_runs = threads_for(arguments_.threads, runs, kParallelRuns);
   if (runs) {
     for_slabs(by_voxels, [&](int64_t volume, int64_t slab) { unite_slab(volume, slab); });
     unite_seams(by_runs);
@@ -239,8 +238,7 @@ void Labelling::number(int64_t volume, int64_t slab) const {
 }
 
 void Labelling::write(void* ids, int32_t type) const {
-  const bl_threads threads = threads_for(static_cast<int64_t>(volumes_.size()) * rows_ * arguments_.width, kLeastSlab);
-  for_slabs(threads, [&](int64_t volume, int64_t slab) {
+  for_slabs(threads_by_voxels(), [&](int64_t volume, int64_t slab) {
     const Volume& of = volume_of(volume);
     if (of.place < 0) return;
     const LabelRows rows = rows_of(volume);

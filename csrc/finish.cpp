@@ -31,8 +31,8 @@ using rows::kPositive;
 using rows::kStats;
 using rows::Run;
 
-constexpr int64_t kSpan = 2048;          // instances of a task
-constexpr int64_t kWorthThreads = 8192;  // instances; below that, waking threads up costs more than they save
+constexpr int64_t kSpan = 2048;  // instances of a task
+constexpr int64_t kParallelInstances = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -116,9 +116,8 @@ class Finish {
     const auto tasks = [&body](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) body(task);
     };
-    const int64_t count = num_pairs_ * num_spans_;
-    if (num_pairs_ * num_instances_ < kWorthThreads) return tasks(0, count);
-    run_parallel(a_.threads, count, tasks);
+    const bl_threads threads = threads_for(a_.threads, num_pairs_ * num_instances_, kParallelInstances);
+    run_parallel(threads, num_pairs_ * num_spans_, tasks);
   }
 
   // Calls body for every block of a span.

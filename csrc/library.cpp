@@ -16,7 +16,7 @@ constexpr int64_t kRegions = 4;          // of a volume, where it has as many sl
 constexpr int64_t kMostTables = 16;      // of all groups together, where there are enough voxels
 constexpr int64_t kVoxelsPerCell = 32;   // of a slab: below that its table would cost more than its voxels
 constexpr int64_t kParallelEntries = 4096;
-constexpr int64_t kParallelVoxels = 32768;  // about 15 us of work: below that, waking threads up costs more than they save
+constexpr int64_t kParallelVoxels = 32768;  // about 15 us of work
 
 // The kernels of an instruction set, null where it was not compiled or this machine has not got it.
 const Kernels* kernels_of(const char* isa) {
@@ -45,11 +45,7 @@ std::atomic<const Kernels*>& chosen() {
   return kernels;
 }
 
-bl_threads threads_for(const bl_threads& threads, int64_t work, int64_t least) {
-  return {work < least ? 1 : threads.count, threads.parallel_for};
-}
-
-bl_threads threads_for(const bl_problem& problem) {
+bl_threads threads_of(const bl_problem& problem) {
   return threads_for(problem.threads, problem.batch * problem.channels * problem.voxels, kParallelVoxels);
 }
 
@@ -148,7 +144,7 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   double* tables = static_cast<double*>(is_dense ? malloc(size * sizeof(double)) : calloc(size, sizeof(double)));
   if (!tables) return BL_NO_MEMORY;
   std::atomic<int32_t> status{0};
-  const bl_threads threads = threads_for(*problem);
+  const bl_threads threads = threads_of(*problem);
   const int64_t length = (plan.chunks - 1) / plan.slabs + 1;
   const int64_t part = part_of(threads, tasks * length);
   run_strands(threads, tasks, length, part, [&](int64_t task, int64_t begin, int64_t end) {
@@ -178,7 +174,7 @@ int32_t blobloss_segment_stats_backward(const bl_problem* problem, const void* g
     grad_sums = scaled;
   }
   std::atomic<int32_t> status{0};
-  run_parallel(threads_for(*problem), plan.groups * plan.chunks, [&](int64_t begin, int64_t end) {
+  run_parallel(threads_of(*problem), plan.groups * plan.chunks, [&](int64_t begin, int64_t end) {
     const int32_t found = kernels().backward(*problem, plan, begin, end, grad_sums, grad);
     if (found) status.fetch_or(found);
   });

@@ -102,8 +102,7 @@ class Solver {
   template <typename Body>
   int32_t parallel(int64_t tasks, const Body& body) {
     std::atomic<int32_t> status{0};
-    const bl_threads threads{groups_ * voxels_ < kParallelVoxels ? 1 : problem_.threads.count,
-                             problem_.threads.parallel_for};
+    const bl_threads threads = threads_for(problem_.threads, groups_ * voxels_, kParallelVoxels);
     run_parallel(threads, tasks, [&](int64_t begin, int64_t end) {
       const int32_t found = body(begin, end);
       if (found) status.fetch_or(found);

@@ -104,6 +104,10 @@ void work_in_pool(Task& task, bl_parallel_for parallel_for) {
 
 }  // namespace
 
+bl_threads threads_for(const bl_threads& threads, int64_t work, int64_t least) {
+  return {work < least ? 1 : threads.count, threads.parallel_for};
+}
+
 void run_strands(const bl_threads& threads, int64_t count, int64_t length, int64_t part,
                  void (*body)(int64_t strand, int64_t begin, int64_t end, void* context), void* context) {
   if (count <= 0 || length <= 0) return;

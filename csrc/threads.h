@@ -7,6 +7,9 @@
 
 namespace blobloss {
 
+// `threads`, or one alone for less than `least` work: then waking others up would cost more than they save.
+bl_threads threads_for(const bl_threads& threads, int64_t work, int64_t least);
+
 // Calls body(strand, begin, end, context) so that in each of `count` strands every index of [0, length) is covered
 // once: in order, never two parts of a strand at a time, and each sees what those before it wrote. On as many threads
 // as `threads` allows, at most one for every strand; with several, a call covers at most `part` (> 0) indices. Which
