@@ -27,7 +27,6 @@ from bench.gpu_contestants import (
     pair_of_two_channels,
 )
 from bench.gpu_timing import Clock, UnmeasuredError, reason_of
-from bench.ratios import BACKWARD_BYTES, BYTES_PER_VOXEL, FORWARD_BYTES
 from bench.workloads import Workload
 from blobloss_fast import BlobLoss
 
@@ -35,6 +34,9 @@ Row = dict[str, Any]
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 COPY = "copy bandwidth"
+# Per voxel: fp32 logits and int32 ids, read in both passes, and the gradient.
+FORWARD_BYTES, BACKWARD_BYTES = 8, 12
+STEP_BYTES = FORWARD_BYTES + BACKWARD_BYTES
 # Per id that the workload holds: two logits in fp32 and an int32 id; four logits and, but for class 0, ids.
 SOFTMAX_FORWARD_BYTES = {"softmax": 12, "softmax_classes": 7}
 
@@ -315,8 +317,8 @@ def shares(bench: Bench, of_forward: Bar, of_backward: Bar, of_step: Bar) -> Ite
     for bar, key, count in ((of_forward, "forward", FORWARD_BYTES), (of_backward, "backward", BACKWARD_BYTES)):
         share = bench.floor_s(workload, count) / s[key]
         yield bar.row(share, f"{count} bytes a voxel, {1e6 * s[key]:.1f} us, replayed, {workload.name}")
-    over = s["step"] / bench.floor_s(workload, BYTES_PER_VOXEL)
-    yield of_step.row(over, f"{BYTES_PER_VOXEL} bytes a voxel, {1e6 * s['step']:.1f} us, {workload.name}")
+    over = s["step"] / bench.floor_s(workload, STEP_BYTES)
+    yield of_step.row(over, f"{STEP_BYTES} bytes a voxel, {1e6 * s['step']:.1f} us, {workload.name}")
 
 
 @measures(

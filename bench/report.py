@@ -114,11 +114,11 @@ def _reading(settings: Sequence[Mapping[str, Any]]) -> str:
     missing = f" Not timed: {'; '.join(reasons)}." if reasons else ""
     worst = max(error for volume in volumes for error in volume["relative_error"].values())
     return (
-        f"GB/s counts the {BYTES_PER_VOXEL} bytes per voxel that two passes over fp32 logits and int32 labels must "
-        f"move; copying memory reaches {first['copy_gb_per_s']:.1f} GB/s here with {setting_name(first)}, and volumes "
-        "that fit into a cache can be faster. Plain Dice and MONAI's losses are the main term alone; the others add "
-        "the mean over the instances, whose ids they are given. Largest relative error of any value or gradient "
-        f"against double precision: {worst:.0e}.{missing}"
+        f"GB/s counts {BYTES_PER_VOXEL} bytes per voxel: reading fp32 logits twice and int32 labels once, and writing "
+        f"the gradient; copying memory reaches {first['copy_gb_per_s']:.1f} GB/s here with {setting_name(first)}, and "
+        "volumes that fit into a cache can be faster. Plain Dice and MONAI's losses are the main term alone; the "
+        "others add the mean over the instances, whose ids they are given. Largest relative error of any value or "
+        f"gradient against double precision: {worst:.0e}.{missing}"
     )
 
 

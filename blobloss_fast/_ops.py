@@ -75,6 +75,9 @@ def _register(backend: Callable[[], ModuleType], key: str) -> None:
             logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
         )
         loss, saved = finish.finish(counts, sums, features, target is not None, spec, weights)
+        if logits.device.type == "cpu":
+            table, size = finish.sizes_of_saved(logits, num_cells, len(features), saved.dtype)
+            saved = torch.nn.functional.pad(saved.flatten(), (0, size - table))
         return loss, counts, saved
 
     def blob_loss_backward(  # type: ignore[no-untyped-def]
@@ -84,6 +87,8 @@ def _register(backend: Callable[[], ModuleType], key: str) -> None:
         module = backend()
         if hasattr(module, "blob_loss"):
             return module.blob_loss_backward(grad, logits, instances, target, weights, counts, saved, features, spec)
+        if logits.device.type == "cpu":
+            saved = saved[: counts.numel() * len(features)].view(*counts.shape, len(features))
         grad_sums = finish.finish_backward(grad, counts, saved, features, target is not None, spec, weights)
         return module.segment_stats_backward(
             grad_sums, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0
@@ -161,7 +166,10 @@ def _fake_blob_loss(logits, instances, target, weights, max_instances, *options)
     spec, features = decode(*options)
     counts, saved = _fake_table(logits, _num_cells(max_instances, target), len(features))
     shapes = {"none": logits.shape[:2], "terms": (2,), "instances": (*logits.shape[:2], max_instances)}
-    return saved.new_empty(shapes.get(spec.reduction, ())), counts, saved
+    value = saved.new_empty(shapes.get(spec.reduction, ()))
+    if logits.device.type == "cpu":
+        saved = saved.new_empty(finish.sizes_of_saved(logits, counts.shape[2], len(features), saved.dtype)[1])
+    return value, counts, saved
 
 
 def _fake_gradient(grad, logits, *rest):  # type: ignore[no-untyped-def]

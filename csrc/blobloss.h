@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-#define BLOBLOSS_ABI 5
+#define BLOBLOSS_ABI 6
+#define BLOBLOSS_BLOCK 512  // voxels that are looked at together
 #define BLOBLOSS_MAX_FEATURES 6
 
 #if defined(_WIN32)
@@ -68,6 +69,9 @@ struct bl_problem {
   int32_t num_features;
   int32_t features[BLOBLOSS_MAX_FEATURES];  // bl_feature
   struct bl_threads threads;
+  // What the forward pass tells the backward pass, which then need not read the labels of most voxels: for every block
+  // of a sample and channel, the cell in which it lies plus 2 (1 where it is ignored), or 0 if there are several.
+  int16_t* block_cells;  // [B, C, ceil(V / BLOBLOSS_BLOCK)] and up to three more, every entry written; may be null
 };
 
 // From the table to the loss and to the gradient of the table; kernels/finish.py says what each option means.

@@ -64,6 +64,12 @@ Plan plan_for(const bl_problem& problem) {
   return plan;
 }
 
+void clear_notes(const bl_problem& problem) {
+  const int64_t blocks = (problem.voxels + BLOBLOSS_BLOCK - 1) / BLOBLOSS_BLOCK;
+  const int64_t eights = (problem.batch * problem.channels * blocks + 3) / 4;  // of bytes
+  memset(problem.block_cells, 0, static_cast<size_t>(8 * eights));
+}
+
 // Adds up the tables of a group's slabs, in their order, in the first of them, and copies out what is there then.
 template <typename T>
 void combine(const bl_threads& threads, const bl_problem& problem, const Plan& plan, double* tables, int64_t* counts,
@@ -143,6 +149,7 @@ int32_t blobloss_segment_stats_forward(const bl_problem* problem, int64_t* count
   const bool is_dense = problem->voxels >= kVoxelsPerCell * problem->num_cells;
   double* tables = static_cast<double*>(is_dense ? malloc(size * sizeof(double)) : calloc(size, sizeof(double)));
   if (!tables) return BL_NO_MEMORY;
+  if (problem->block_cells) clear_notes(*problem);
   std::atomic<int32_t> status{0};
   const bl_threads threads = threads_of(*problem);
   const int64_t length = (plan.chunks - 1) / plan.slabs + 1;

@@ -1,9 +1,9 @@
-// The table of sums and its gradient on the CPU: one read of the logits and the cells forward, one read and one write
-// backward (8 and 12 bytes per voxel at fp32 logits and int32 cells, 6 and 10 at int16), no temporary larger than a block.
+// The table of sums and its gradient on the CPU: one read of the logits and the cells forward, one read of the logits and
+// one write backward (8 bytes per voxel each at fp32 logits and int32 cells), no temporary larger than a block.
 //
-// A block of 512 voxels that lie in one cell, as nearly all do, is summed and written without looking at its cells again;
-// mixed_block.h has the others. This file is compiled once for every instruction set, each time in the namespace
-// BLOBLOSS_ISA.
+// A block of 512 voxels that lie in one cell, as nearly all do, is summed without looking at its cells again; the backward
+// pass finds a note of that and reads no cells at all. mixed_block.h has the other blocks, whose cells are read in both
+// passes. This file is compiled once for every instruction set, each time in the namespace BLOBLOSS_ISA.
 
 #include "segment_stats.h"
 
@@ -67,13 +67,46 @@ BL_INLINE int block_size(const bl_problem& problem, int64_t start) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
 }
 
+BL_INLINE int16_t& note_on(const bl_problem& problem, int64_t b, int64_t c, int64_t start) {
+  const int64_t blocks = (problem.voxels - 1) / kBlock + 1;
+  return problem.block_cells[(b * problem.channels + c) * blocks + start / kBlock];
+}
+
+// The cell in which the forward pass found a block; kNone if it did not, or took no notes.
+BL_INLINE int32_t noted_cell(const bl_problem& problem, int64_t b, int64_t c, int64_t start) {
+  if (!problem.block_cells) return kNone;
+  const int32_t cell = note_on(problem, b, c, start) - 2;
+  return cell >= -1 && cell < problem.num_cells ? cell : kNone;
+}
+
+// The cells of a block, of which the forward pass takes note.
+static Cells load_and_note(const bl_problem& problem, int64_t b, int64_t c, int64_t start, int n, int32_t* buffer,
+                           int32_t* status) {
+  const Cells cells = load_cells(problem, b, c, start, n, buffer, status);
+  const int32_t note = cells[0] < 0 ? 1 : cells[0] + 2;
+  if (problem.block_cells && cells.uniform && note <= INT16_MAX)
+    note_on(problem, b, c, start) = static_cast<int16_t>(note);
+  return cells;
+}
+
+// The same in the backward pass, by that note if there is one.
+static Cells recall_or_load(const bl_problem& problem, int64_t b, int64_t c, int64_t start, int n, int32_t* buffer) {
+  const int32_t cell = noted_cell(problem, b, c, start);
+  int32_t ignored_status = 0;  // the forward pass has raised
+  if (cell == kNone) return load_cells(problem, b, c, start, n, buffer, &ignored_status);
+  buffer[0] = cell;
+  return {buffer, true};
+}
+
 // What the block at `start` reads and, with a gradient, writes; nothing if it is beyond the volume.
 BL_INLINE Ahead ahead_of(const bl_problem& problem, int64_t b, int64_t c, int64_t start, const void* grad) {
   Ahead ahead;
   if (start >= problem.voxels) return ahead;
   ahead.add(problem.logits, b, c, start);
-  ahead.add(problem.cells, b, c, start);
-  ahead.add(problem.target, b, c, start);
+  if (!grad || noted_cell(problem, b, c, start) == kNone) {
+    ahead.add(problem.cells, b, c, start);
+    ahead.add(problem.target, b, c, start);
+  }
   if (grad) ahead.add(grad, problem.logits.type, (b * problem.channels + c) * problem.voxels + start);
   return ahead;
 }
@@ -85,7 +118,7 @@ static void add_channel_block(const bl_problem& problem, Scratch<T>& scratch, in
   if (problem.channel0 == BL_UNUSED && c == 0) return;
   const int n = block_size(problem, start);
   const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
-  const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
+  const Cells cells = load_and_note(problem, b, c, start, n, scratch.cells, status);
   const T* z = load_logits(problem.logits, offset, n, scratch.logits);
   scratch.block.ahead = ahead_of(problem, b, c, next, nullptr);
   add_block(problem, scratch.block, z, cells, table, status);
@@ -102,8 +135,7 @@ static void write_channel_block(const bl_problem& problem, Scratch<T>& scratch, 
   if (problem.channel0 == BL_UNUSED && c == 0) {
     for (int i = 0; i < kBlock; ++i) out[i] = 0;
   } else {
-    int32_t ignored_status = 0;  // the forward pass has raised
-    const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, &ignored_status);
+    const Cells cells = recall_or_load(problem, b, c, start, n, scratch.cells);
     const int64_t offset = b * problem.logits.batch_stride + c * problem.logits.channel_stride + start;
     const T* z = load_logits(problem.logits, offset, n, scratch.logits);
     const T* coefficients = grad_sums + group * problem.num_cells * problem.num_features;
@@ -119,7 +151,7 @@ static void add_softmax_block(const bl_problem& problem, Scratch<T>& scratch, So
   const int n = block_size(problem, start);
   softmax.load(problem, b, start, n);
   for (int64_t c = softmax.first(problem); c < problem.channels; ++c) {
-    const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, status);
+    const Cells cells = load_and_note(problem, b, c, start, n, scratch.cells, status);
     softmax.pre_activation(c, scratch.logits);
     scratch.block.ahead = ahead_of(problem, b, c, next, nullptr);
     add_block(problem, scratch.block, scratch.logits, cells, table + c * problem.num_cells * plan.row, status);
@@ -133,8 +165,7 @@ static void write_softmax_block(const bl_problem& problem, Scratch<T>& scratch, 
   softmax.load(problem, b, start, n);
   softmax.clear_gradient();
   for (int64_t c = softmax.first(problem); c < problem.channels; ++c) {
-    int32_t ignored_status = 0;
-    const Cells cells = load_cells(problem, b, c, start, n, scratch.cells, &ignored_status);
+    const Cells cells = recall_or_load(problem, b, c, start, n, scratch.cells);
     softmax.pre_activation(c, scratch.logits);
     const T* coefficients = grad_sums + (b * problem.channels + c) * problem.num_cells * problem.num_features;
     scratch.block.ahead = ahead_of(problem, b, c, start + kBlock, grad);

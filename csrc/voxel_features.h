@@ -13,7 +13,7 @@ namespace BLOBLOSS_ISA {
 
 // Voxels in a block. A sum over a block is exact to 1e-7 or so in fp32, since every lane adds up few terms; blocks are
 // added up in double.
-constexpr int kBlock = 512;
+constexpr int kBlock = BLOBLOSS_BLOCK;
 
 // What is computed of a block, z being the logit whose sigmoid is the probability (or the probability, for activation
 // "none"). A feature computed from others needs no second exponential, division or logarithm.

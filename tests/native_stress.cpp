@@ -40,6 +40,9 @@ Result compute(const Case& c, const bl_threads& threads, unsigned char fill) {
   r.counts.assign(entries * sizeof(int64_t), fill);
   r.sums.assign(sums, fill);
   r.grad.assign(static_cast<size_t>(c.pairs() * p.voxels * kBytes[p.logits.type]), fill);
+  const int64_t blocks = (p.voxels + BLOBLOSS_BLOCK - 1) / BLOBLOSS_BLOCK;
+  std::vector<int16_t> block_cells(static_cast<size_t>((c.pairs() * blocks + 3) / 4 * 4));
+  p.block_cells = fill % 2 ? block_cells.data() : nullptr;  // with notes and without is the same
   int64_t* counts = reinterpret_cast<int64_t*>(r.counts.data());
   r.status = blobloss_segment_stats_forward(&p, counts, r.sums.data());
   r.status |= blobloss_segment_stats_backward(&p, c.grad_sums.data(), nullptr, 0, r.grad.data());

@@ -24,6 +24,7 @@ import blobloss_fast
 from blobloss_fast.kernels import native, native_labels, reference, structs
 from blobloss_fast.kernels.layout import (
     ACTIVATIONS,
+    BLOCK,
     CHANNEL0,
     FEATURES,
     MASKINGS,
@@ -200,6 +201,7 @@ def test_numbers_are_those_of_the_header() -> None:
     constants = dict(re.findall(r"#define (\w+) (\d+)", header()))
     assert int(constants["BLOBLOSS_ABI"]) == native.ABI
     assert int(constants["BLOBLOSS_MAX_FEATURES"]) == structs.MOST_FEATURES
+    assert int(constants["BLOBLOSS_BLOCK"]) == BLOCK
     bits = dict(re.findall(r"BL_(\w+) = (\d+)", header()))
     messages = {"TOO_LARGE": TOO_LARGE, "NOT_BINARY": NOT_BINARY, "NOT_A_CLASS": NOT_A_CLASS}
     messages["NOT_A_PROBABILITY"] = NOT_A_PROBABILITY

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import COUNT, ROW_HEAD, ZONES, features_of, row_terms, rows_from_text, rows_of
+from .layout import BLOCK, COUNT, ROW_HEAD, ZONES, features_of, row_terms, rows_from_text, rows_of
 
 Stats = dict[str, Tensor]
 Terms = dict[tuple[str, str], float]  # as in layout.row_terms
@@ -60,6 +60,19 @@ def decode(main_weight: float, blob_weight: float, options: str) -> tuple[LossSp
         activation, gamma or other_gamma, main, blob, empty, main_weight, blob_weight, masking, channel0, reduction
     )
     return spec, features_of(main, blob, empty)
+
+
+def sizes_of_saved(logits: Tensor, num_cells: int, num_features: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return of what the operator ``blob_loss`` saves on the CPU how many numbers are a table, and how many there are.
+
+    Behind the table there is room for notes on blocks of voxels, two bytes each (``bl_problem.block_cells``). PyTorch
+    keeps compiled graphs on disk, where one may meet another backend, so the reference leaves that room as well.
+    """
+    batch, channels = logits.shape[:2]
+    pairs = batch * channels
+    blocks = -(-logits.numel() // (pairs * BLOCK or 1)) * pairs
+    table = pairs * num_cells * num_features
+    return table, table + -(-blocks // 4) * 8 // dtype.itemsize
 
 
 class _Domains(NamedTuple):

@@ -21,6 +21,7 @@ MASKINGS = ("exclude", "zero_prob", "zero_logit", "none")
 ZONES = "zones"  # in place of a masking: the domain of an instance is its zone
 CONNECTIVITIES = {1: (26,), 2: (4, 8, 26), 3: (6, 18, 26)}  # by the number of spatial axes; 26: all neighbours
 CHANNEL0 = ("class", "background", "unused")
+BLOCK = 512  # voxels on which the native library takes a note
 
 COUNT = "count"
 SIDES = ("pos", "neg")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from . import structs
-from .finish import LossSpec
+from .finish import LossSpec, sizes_of_saved
 from .layout import NOT_A_CLASS, NOT_A_PROBABILITY, NOT_BINARY, TOO_LARGE, IdTooLargeError
 from .reference import compute_dtype
 
 PATH = Path(__file__).parents[1] / ("_native" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so"))
-ABI = 5
+ABI = 6
 
 _STATUS = {2: NOT_BINARY, 4: NOT_A_CLASS, 1: TOO_LARGE, 8: NOT_A_PROBABILITY}  # the first one found is raised
 _NO_MEMORY = 16
@@ -163,21 +163,15 @@ def segment_stats_forward(
         counts, sums = segment_stats_forward(logits, cells, target, num_cells, features, activation, gamma, channel0)
         return counts, sums[..., place]
     problem, _kept = structs.problem(
-        _threads(), logits, cells, target, num_cells, features, activation, gamma, channel0
+        _threads(), logits, cells, target, num_cells, features, activation, gamma, channel0, 0
     )
-    counts, sums = _empty_table(logits, num_cells, features)
+    shape = (*logits.shape[:2], num_cells)
+    counts = torch.empty(shape, dtype=torch.int64)
+    sums = torch.empty(*shape, len(features), dtype=compute_dtype(logits.dtype))
     status = _library().forward(problem, counts.data_ptr(), sums.data_ptr())
     if status:
         _raise(status)
     return counts, sums
-
-
-def _empty_table(logits: Tensor, num_cells: int, features: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    batch, channels = logits.shape[:2]
-    return (
-        torch.empty(batch, channels, num_cells, dtype=torch.int64),
-        torch.empty(batch, channels, num_cells, len(features), dtype=compute_dtype(logits.dtype)),
-    )
 
 
 def segment_stats_backward(
@@ -194,7 +188,8 @@ def segment_stats_backward(
     if len(features) > len(set(features)):
         features, place = _distinct(features)
         grad_sums = grad_sums.new_zeros(*grad_sums.shape[:3], len(features)).index_add_(3, place, grad_sums)
-    return _gradient(grad_sums, None, logits, cells, target, features, activation, gamma, channel0)
+    num_cells = grad_sums.shape[2]
+    return _gradient(grad_sums, None, logits, cells, target, num_cells, features, activation, gamma, channel0, 0)
 
 
 def _gradient(
@@ -203,14 +198,19 @@ def _gradient(
     logits: Tensor,
     cells: Tensor,
     target: Tensor | None,
+    num_cells: int,
     features: tuple[str, ...],
     activation: str,
     gamma: float,
     channel0: str,
+    notes: int,
 ) -> Tensor:
-    """Return the gradient with respect to the logits, times the scales: one, or ``[B, C]``."""
+    """Return the gradient with respect to the logits, times the scales: one, or ``[B, C]``.
+
+    ``grad_sums``: the numbers of ``[B, C, K, F]``, whatever its shape, and whatever is behind them.
+    """
     problem, _kept = structs.problem(
-        _threads(), logits, cells, target, grad_sums.shape[2], features, activation, gamma, channel0
+        _threads(), logits, cells, target, num_cells, features, activation, gamma, channel0, notes
     )
     dtype = compute_dtype(logits.dtype)
     grad_sums = grad_sums.to(dtype).contiguous()
@@ -259,22 +259,27 @@ def blob_loss(
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over the cells and reduce the table to the loss, in one call: return the value, the counts, and what
-    ``blob_loss_backward`` needs.
+    ``blob_loss_backward`` needs: the numbers of a table, and behind them, as bits, the notes on blocks.
     """
+    counts = torch.empty(*logits.shape[:2], num_cells, dtype=torch.int64)
+    dtype = compute_dtype(logits.dtype)
+    table_size, size = sizes_of_saved(logits, num_cells, len(features), dtype)
+    saved = torch.empty(size, dtype=dtype)
+    notes = saved.data_ptr() + table_size * dtype.itemsize
+    threads = _threads()
     problem, _kept = structs.problem(
-        _threads(), logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0
+        threads, logits, instances, target, num_cells, features, spec.activation, spec.gamma, spec.channel0, notes
     )
-    counts, sums = _empty_table(logits, num_cells, features)
-    value = _empty_value(sums, target is not None, spec)
-    gradient = None if spec.reduction in _WITHOUT_GRADIENT else sums  # which it replaces
-    weights = _as_sums(weights, sums)
+    value = _empty_value(counts, dtype, target is not None, spec)
+    gradient = None if spec.reduction in _WITHOUT_GRADIENT else saved  # it replaces the sums
+    weights = _as_sums(weights, saved)
     arguments = structs.finish(
-        _threads(), counts, sums, None, value, gradient, features, target is not None, spec, weights
+        threads, counts, saved, None, value, gradient, features, target is not None, spec, weights
     )
-    status = _library().loss(problem, counts.data_ptr(), sums.data_ptr(), arguments)
+    status = _library().loss(problem, counts.data_ptr(), saved.data_ptr(), arguments)
     if status:
         _raise(status)
-    return value, counts, sums
+    return value, counts, saved
 
 
 def blob_loss_backward(
@@ -289,10 +294,19 @@ def blob_loss_backward(
     spec: LossSpec,
 ) -> Tensor:
     """Return the gradient of ``blob_loss`` with respect to the logits, contiguous."""
+    dtype, num_cells = compute_dtype(logits.dtype), counts.shape[2]
+    table_size, size = sizes_of_saved(logits, num_cells, len(features), dtype)
+    if saved.numel() != size or saved.dtype != dtype or not saved.is_contiguous():
+        raise ValueError(f"saved must be what blob_loss returned, {dtype} [{size}]; got {saved.dtype} {saved.shape}")
+    notes = saved.data_ptr() + table_size * dtype.itemsize
+    grad_sums: Tensor = saved
     scales: Tensor | None = grad
     if spec.reduction in _WITHOUT_GRADIENT:
-        saved, scales = finish_backward(grad, counts, saved, features, target is not None, spec, weights), None
-    return _gradient(saved, scales, logits, instances, target, features, spec.activation, spec.gamma, spec.channel0)
+        scales = None
+        sums = saved[:table_size].view(*counts.shape, len(features))
+        grad_sums = finish_backward(grad, counts, sums, features, target is not None, spec, weights)
+    options = spec.activation, spec.gamma, spec.channel0
+    return _gradient(grad_sums, scales, logits, instances, target, num_cells, features, *options, notes)
 
 
 def finish(
@@ -305,17 +319,17 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """Reduce the table to the loss; see ``finish.finish``."""
     counts, sums = counts.contiguous(), sums.contiguous()
-    value = _empty_value(sums, has_target, spec)
+    value = _empty_value(counts, sums.dtype, has_target, spec)
     gradient = None if spec.reduction in _WITHOUT_GRADIENT else torch.empty_like(sums)
     _finish(counts, sums, None, value, gradient, features, has_target, spec, _as_sums(weights, sums))
     return value, sums if gradient is None else gradient
 
 
-def _empty_value(sums: Tensor, has_target: bool, spec: LossSpec) -> Tensor:
-    batch, channels, num_cells, _ = sums.shape
+def _empty_value(counts: Tensor, dtype: torch.dtype, has_target: bool, spec: LossSpec) -> Tensor:
+    batch, channels, num_cells = counts.shape
     if spec.reduction == "instances":
-        return sums.new_empty(batch, channels, num_cells // (1 + has_target) - 1)
-    return sums.new_empty({"none": (batch, channels), "terms": (2,)}.get(spec.reduction, ()))
+        return torch.empty(batch, channels, num_cells // (1 + has_target) - 1, dtype=dtype)
+    return torch.empty({"none": (batch, channels), "terms": (2,)}.get(spec.reduction, ()), dtype=dtype)
 
 
 def _as_sums(tensor: Tensor | None, sums: Tensor) -> Tensor | None:

@@ -29,7 +29,7 @@ MOST_FEATURES = 6
 
 VOLUME = struct.Struct("@Pqqii")
 OPTIONS = struct.Struct("@diii6i4x")
-PROBLEM = struct.Struct(f"@{3 * 'Pqqii'}qqqq{OPTIONS.size}sqP")
+PROBLEM = struct.Struct(f"@{3 * 'Pqqii'}qqqq{OPTIONS.size}sqPP")
 FINISH = struct.Struct("@9P6q3d13i4xqP")
 _NO_VOLUME = (0, 0, 0, 0, 0)
 
@@ -44,8 +44,12 @@ def problem(
     activation: str,
     gamma: float,
     channel0: str,
+    notes: int,
 ) -> tuple[bytes, tuple[Tensor | None, ...]]:
-    """Return a bl_problem, and the tensors whose memory it points to: keep them until the library is done."""
+    """Return a bl_problem, and the tensors whose memory it points to: keep them until the library is done.
+
+    ``notes`` is the address of two bytes for every block of every sample and channel, or 0.
+    """
     shape = logits.shape
     batch, channels = shape[0], shape[1]
     voxels = logits.numel() // (batch * channels or 1)
@@ -55,7 +59,9 @@ def problem(
     if target is not None:
         target, of_target = volume("target", target, TYPES, batch, channels, voxels)
     options = _options(features, activation, gamma, channel0)
-    packed = PROBLEM.pack(*of_logits, *of_cells, *of_target, batch, channels, voxels, num_cells, options, *threads)
+    packed = PROBLEM.pack(
+        *of_logits, *of_cells, *of_target, batch, channels, voxels, num_cells, options, *threads, notes
+    )
     return packed, (logits, cells, target)
 
 
