@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks, _ops
 from .criteria import Criterion, false_positives
-from .kernels.finish import blob_counts
+from .kernels.finish import blob_counts, encode
 from .kernels.layout import ZONES, IdTooLargeError
 from .options import Options
 from .partition import Partition, partition, predicted_zones
@@ -108,7 +108,7 @@ def _run(
     masking = ZONES if options.in_zones and wants_blob else options.masking
 
     def text(*rows: str) -> str:
-        return "|".join((options.activation, masking, labels.channel0, reduction, *rows))
+        return encode(options.activation, masking, labels.channel0, reduction, *rows)
 
     try:
         sizes = None

@@ -70,8 +70,9 @@ struct bl_problem {
   int32_t features[BLOBLOSS_MAX_FEATURES];  // bl_feature
   struct bl_threads threads;
   // What the forward pass tells the backward pass, which then need not read the labels of most voxels: for every block
-  // of a sample and channel, the cell in which it lies plus 2 (1 where it is ignored), or 0 if there are several.
-  int16_t* block_cells;  // [B, C, ceil(V / BLOBLOSS_BLOCK)] and up to three more, every entry written; may be null
+  // of a sample and channel, the cell in which it lies plus 2 (1 where it is ignored), or 0 if it does not know of one.
+  // [B, C, ceil(V / BLOBLOSS_BLOCK)], and room up to a multiple of four entries, all of which it writes; may be null.
+  int16_t* block_cells;
 };
 
 // From the table to the loss and to the gradient of the table; kernels/finish.py says what each option means.

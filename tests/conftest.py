@@ -1,8 +1,6 @@
 """What the test files share: asserts that explain themselves, both backends of the CPU, and its instruction sets."""
 
 import ctypes
-import os
-import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -17,18 +15,6 @@ LONG = (
     "test_triton_offline_labels.py",
     "test_triton_offline_zones.py",
 )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep away from graphs that PyTorch compiled for another version of the package.
-
-    It finds them on disk by the names of operators, which may have returned other shapes then. The processes of
-    pytest-xdist share the folder.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="blobloss_fast_")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
-        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,7 +41,7 @@ Result compute(const Case& c, const bl_threads& threads, unsigned char fill) {
   r.sums.assign(sums, fill);
   r.grad.assign(static_cast<size_t>(c.pairs() * p.voxels * kBytes[p.logits.type]), fill);
   const int64_t blocks = (p.voxels + BLOBLOSS_BLOCK - 1) / BLOBLOSS_BLOCK;
-  std::vector<int16_t> block_cells(static_cast<size_t>((c.pairs() * blocks + 3) / 4 * 4));
+  std::vector<int16_t> block_cells(static_cast<size_t>((c.pairs() * blocks + 3) / 4 * 4), 2);  // "cell 0": to be cleared
   p.block_cells = fill % 2 ? block_cells.data() : nullptr;  // with notes and without is the same
   int64_t* counts = reinterpret_cast<int64_t*>(r.counts.data());
   r.status = blobloss_segment_stats_forward(&p, counts, r.sums.data());

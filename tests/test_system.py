@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 import blobloss_fast
 from blobloss_fast import BlobLoss, CCLoss, blob_loss, criteria, segment_stats
 from blobloss_fast.functional import Options
+from blobloss_fast.kernels.finish import encode
 
 # raised inside PyTorch's own compiler
 pytestmark = [
@@ -39,7 +40,7 @@ def loss_and_grad(loss, logits, *labels, **keywords):
 def operator_options(reduction="mean", activation="sigmoid", channel0="class", masking="none"):
     options = Options(criteria.dice() + criteria.focal(1.5)).checked()
     rows = options.criterion.text
-    return (1.0, 2.0, "|".join((activation, masking, channel0, reduction, rows, rows, "")))
+    return 1.0, 2.0, encode(activation, masking, channel0, reduction, rows, rows, "")
 
 
 # PyTorch 2.14's opcheck reads the gradient of a tensor that has none, and warns of it.
@@ -143,6 +144,21 @@ def test_compile_with_dynamic_shapes():
             loss_and_grad(compiled, logits, instances=ids), loss_and_grad(module, logits, instances=ids), strict=True
         ):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_compile_the_operator_with_a_batch_that_only_the_data_tell():
+    logits, ids = volume(3)
+    options = operator_options()
+
+    def chosen(logits, ids, keep):
+        rows = keep.nonzero().squeeze(1)
+        return torch.ops.blobloss_fast.blob_loss(logits[rows], ids[rows], None, None, 6, *options)[0]
+
+    torch._dynamo.reset()
+    keep = torch.arange(len(logits)) < len(logits) - 1
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        value = torch.compile(chosen, fullgraph=True, backend="aot_eager")(logits, ids, keep)
+    torch.testing.assert_close(value, chosen(logits, ids, keep), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss", [BlobLoss, CCLoss])

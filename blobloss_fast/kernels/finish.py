@@ -44,6 +44,16 @@ class LossSpec(NamedTuple):
     reduction: str
 
 
+# Changes with the shapes and the meaning of what the operator blob_loss returns: PyTorch keeps compiled graphs on disk,
+# and finds them by an operator's name and options.
+_VERSION = "2"
+
+
+def encode(*options: str) -> str:
+    """Return as one text what ``decode`` reads: activation, masking, channel0, reduction, main, blob and empty rows."""
+    return "|".join((_VERSION, *options))
+
+
 @functools.lru_cache
 def decode(main_weight: float, blob_weight: float, options: str) -> tuple[LossSpec, tuple[str, ...]]:
     """Return the options of a loss, which an operator receives as a line of text, and the features that it reads.
@@ -51,10 +61,9 @@ def decode(main_weight: float, blob_weight: float, options: str) -> tuple[LossSp
     Args:
         main_weight: of the main term.
         blob_weight: of the blob term.
-        options: activation, masking, channel0, reduction, and main, blob and empty rows (``layout.rows_as_text``),
-            joined by "|".
+        options: by ``encode``; the rows by ``layout.rows_as_text``.
     """
-    activation, masking, channel0, reduction, *texts = options.split("|")
+    _, activation, masking, channel0, reduction, *texts = options.split("|")
     (gamma, main), (other_gamma, blob), (_, empty) = map(rows_from_text, texts)
     spec = LossSpec(
         activation, gamma or other_gamma, main, blob, empty, main_weight, blob_weight, masking, channel0, reduction
@@ -65,12 +74,13 @@ def decode(main_weight: float, blob_weight: float, options: str) -> tuple[LossSp
 def sizes_of_saved(logits: Tensor, num_cells: int, num_features: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return of what the operator ``blob_loss`` saves on the CPU how many numbers are a table, and how many there are.
 
-    Behind the table there is room for notes on blocks of voxels, two bytes each (``bl_problem.block_cells``). PyTorch
-    keeps compiled graphs on disk, where one may meet another backend, so the reference leaves that room as well.
+    Behind the table there is room for notes on blocks of voxels, two bytes each (``bl_problem.block_cells``): not in a
+    tensor of their own, which costs a small volume more time than they save. The reference leaves that room as well,
+    since a compiled graph that PyTorch kept on disk may meet another backend.
     """
-    batch, channels = logits.shape[:2]
+    batch, channels, *spatial = logits.shape
     pairs = batch * channels
-    blocks = -(-logits.numel() // (pairs * BLOCK or 1)) * pairs
+    blocks = -(-math.prod(spatial) // BLOCK) * pairs
     table = pairs * num_cells * num_features
     return table, table + -(-blocks // 4) * 8 // dtype.itemsize
 

@@ -48,7 +48,7 @@ def problem(
 ) -> tuple[bytes, tuple[Tensor | None, ...]]:
     """Return a bl_problem, and the tensors whose memory it points to: keep them until the library is done.
 
-    ``notes`` is the address of two bytes for every block of every sample and channel, or 0.
+    ``notes`` is the address of ``bl_problem.block_cells``, or 0; ``finish.sizes_of_saved`` counts the bytes.
     """
     shape = logits.shape
     batch, channels = shape[0], shape[1]
