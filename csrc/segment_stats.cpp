@@ -2,8 +2,8 @@
 // one write backward (8 bytes per voxel each at fp32 logits and int32 cells), no temporary larger than a block.
 //
 // A block of 512 voxels that lie in one cell, as nearly all do, is summed without looking at its cells again; where the
-// forward pass has taken note of that, the backward pass reads no cells at all. mixed_block.h has the other blocks, whose cells are read in both
-// passes. This file is compiled once for every instruction set, each time in the namespace BLOBLOSS_ISA.
+// forward pass has taken note of that, the backward pass reads no cells at all. mixed_block.h has the other blocks. This
+// file is compiled once for every instruction set, each time in the namespace BLOBLOSS_ISA.
 
 #include "segment_stats.h"
 
