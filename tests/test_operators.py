@@ -6,7 +6,8 @@ import torch._dynamo
 
 from blobloss_fast import criteria
 from blobloss_fast.functional import Options
-from blobloss_fast.kernels.finish import encode
+from blobloss_fast.kernels import finish
+from blobloss_fast.kernels.finish import decode, encode
 from blobloss_fast.kernels.layout import FEATURES
 
 from .test_system import pytestmark, volume  # noqa: F401
@@ -57,6 +58,14 @@ def test_opcheck_labels():
     torch.library.opcheck(torch.ops.blobloss_fast.label_target.default, (class_map, 3, True, True, 26, None))
     two = (ids[:, :1] > 2).long()
     torch.library.opcheck(torch.ops.blobloss_fast.label_target.default, (two, 2, True, True, 6, None))
+
+
+def test_a_compiled_graph_of_another_version_is_not_found(monkeypatch):
+    """PyTorch looks for it by the options, which say the same in both."""
+    own = operator_options()
+    monkeypatch.setattr(finish, "_VERSION", "another")
+    assert operator_options() != own
+    assert decode(*operator_options()) == decode(*own)
 
 
 def test_compile_the_operator_with_a_batch_that_only_the_data_tell():
